@@ -1,0 +1,99 @@
+//! Sizes of layers and models.
+
+use crate::{DType, InputError};
+
+/// Sizes of one MoE layer, checked to be non-zero and consistent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct LayerShape {
+    /// Experts, E.
+    pub num_experts: usize,
+    /// Experts a token uses, k.
+    pub top_k: usize,
+    /// Width of a token, H.
+    pub hidden_size: usize,
+    /// Width inside an expert, I.
+    pub intermediate_size: usize,
+}
+
+impl LayerShape {
+    /// Checks the sizes: all non-zero, `top_k <= num_experts`, and every weight countable in 63 bits.
+    ///
+    /// # Errors
+    /// Names the size that is wrong.
+    pub fn new(
+        num_experts: usize,
+        top_k: usize,
+        hidden_size: usize,
+        intermediate_size: usize,
+    ) -> Result<Self, InputError> {
+        const MOST: usize = 1 << 20;
+        for (name, size) in [
+            ("num_experts", num_experts),
+            ("top_k", top_k),
+            ("hidden_size", hidden_size),
+            ("intermediate_size", intermediate_size),
+        ] {
+            if size == 0 || size > MOST {
+                return Err(InputError::new(size.to_string(), format!("1 to {MOST}")).in_tensor(name));
+            }
+        }
+        if top_k > num_experts {
+            return Err(InputError::new(
+                format!("{top_k} experts a token"),
+                format!("at most the layer's {num_experts}"),
+            )
+            .in_tensor("top_k"));
+        }
+        Ok(Self { num_experts, top_k, hidden_size, intermediate_size })
+    }
+
+    /// Numbers in the expert weights: `3 * E * H * I`.
+    #[must_use]
+    pub const fn weight_count(&self) -> usize {
+        3 * self.num_experts * self.hidden_size * self.intermediate_size
+    }
+}
+
+/// How a model's own code stores its expert parameters; adapter files mirror it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ExpertStorage {
+    /// 3-D parameters are `[E, in, out]` (gpt-oss, Llama-4) and not `[E, out, in]`.
+    pub transposed: bool,
+    /// Rows of `gate_up_proj` alternate gate, up (gpt-oss) and are not gate rows first.
+    pub interleaved: bool,
+}
+
+/// What an adapter has to know of the model it is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelShape {
+    /// Sizes of every MoE layer.
+    pub layer: LayerShape,
+    /// Absolute decoder indices of the MoE layers, ascending.
+    pub moe_layers: Vec<usize>,
+    /// Format the layers compute in; adapters are converted to it.
+    pub dtype: DType,
+    /// How the model's code stores experts.
+    pub storage: ExpertStorage,
+}
+
+impl ModelShape {
+    /// A model of identical MoE layers `0..num_layers` with `[E, out, in]` storage.
+    #[must_use]
+    pub fn uniform(layer: LayerShape, num_layers: usize, dtype: DType) -> Self {
+        Self { layer, moe_layers: (0..num_layers).collect(), dtype, storage: ExpertStorage::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_sizes_are_named() {
+        assert!(LayerShape::new(8, 2, 64, 32).is_ok());
+        assert_eq!(LayerShape::new(8, 9, 64, 32).unwrap_err().tensor.as_deref(), Some("top_k"));
+        assert_eq!(LayerShape::new(8, 2, 0, 32).unwrap_err().tensor.as_deref(), Some("hidden_size"));
+        assert!(LayerShape::new(usize::MAX, 2, 64, 32).is_err());
+    }
+}
