@@ -1,4 +1,5 @@
 //! The reference against values worked out by hand and against itself.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
 
 use moe_lora_core::{
     Activation, AdapterLayer, AdapterTable, DType, ExpertBias, ExpertLora, ExpertWeights, LayerShape, LayerWeights,
