@@ -3,6 +3,7 @@
 use crate::{DType, Element, InputError, Slice};
 use bytemuck::cast_slice;
 use std::fmt;
+use std::hash::Hash;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -27,10 +28,6 @@ impl Buffer {
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         (*self.bytes).as_ref()
-    }
-
-    fn same(&self, other: &Self) -> bool {
-        std::ptr::eq(self.bytes().as_ptr(), other.bytes().as_ptr())
     }
 }
 
@@ -159,16 +156,14 @@ impl Matrix {
     /// Whether both are the very same view of the same bytes (not merely equal numbers).
     #[must_use]
     pub fn same_storage(&self, other: &Self) -> bool {
-        self.buffer.same(&other.buffer)
-            && self.span == other.span
-            && self.shape() == other.shape()
-            && self.stride == other.stride
+        self.storage_key() == other.storage_key()
     }
 
     /// A key that is equal for matrices of the [same storage](Self::same_storage) while both live.
     #[must_use]
-    pub fn storage_key(&self) -> (usize, usize, usize, usize) {
-        (self.buffer.bytes().as_ptr() as usize + self.span.start, self.rows, self.cols, self.stride)
+    pub fn storage_key(&self) -> impl Eq + Hash + use<> {
+        let address = self.buffer.bytes().as_ptr() as usize + self.span.start;
+        (address, self.dtype, self.rows, self.cols, self.stride)
     }
 
     /// The numbers from the first row's first to the last row's last, gaps included.

@@ -1,0 +1,39 @@
+//! What a pool may hold.
+
+use moe_lora_core::InputError;
+
+/// The limits of a pool; fixed for its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolConfig {
+    /// Budget in bytes for the numbers of all adapters, also of unloaded ones that a batch still uses. Default: 4 GiB.
+    pub bytes: usize,
+    /// The largest rank that an adapter may have anywhere. Default: 512.
+    pub max_rank: usize,
+    /// Adapters at a time; one more evicts another. It costs nothing until they are there. Default: 256.
+    pub max_adapters: usize,
+}
+
+impl Default for PoolConfig {
+    fn default() -> Self {
+        Self { bytes: usize::try_from(4_u64 << 30).unwrap_or(usize::MAX), max_rank: 512, max_adapters: 256 }
+    }
+}
+
+impl PoolConfig {
+    pub(crate) fn check(&self) -> Result<(), InputError> {
+        // A slot is an i32 wherever a token names it.
+        const SLOTS: usize = i32::MAX as usize;
+        for (name, value, most) in [
+            ("bytes", self.bytes, usize::MAX),
+            ("max_rank", self.max_rank, usize::MAX),
+            ("max_adapters", self.max_adapters, SLOTS),
+        ] {
+            if value == 0 || value > most {
+                return Err(
+                    InputError::new(value.to_string(), format!("1 to {most}")).in_tensor(format!("PoolConfig::{name}"))
+                );
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,304 @@
+//! What stays and what goes: the pool's accounts of bytes, slots, generations, uses, pins and leases.
+//!
+//! The policy holds no weights, takes no locks and touches no memory. A load is `admit` (evicts what has to go and sets
+//! the bytes and the slot aside), then, once the caller has stored the weights, `commit`, or else `cancel`; so loads that
+//! run side by side cannot overshoot the budget together.
+
+#[cfg(test)]
+mod tests;
+
+use crate::PoolError;
+use moe_lora_core::AdapterId;
+use std::collections::HashMap;
+use std::mem;
+
+#[derive(Debug)]
+pub(crate) struct Policy {
+    budget: usize,
+    max_adapters: usize,
+    slots: Vec<Slot>,
+    /// Versions that were unloaded or replaced under a lease, by key.
+    draining: HashMap<u64, Stored>,
+    /// Bytes set aside by tickets.
+    loading: usize,
+    /// Counts loads, replaces and leases: it dates uses and names versions.
+    clock: u64,
+}
+
+#[derive(Debug)]
+struct Slot {
+    generation: u32,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    Free,
+    /// Held by a ticket.
+    Loading,
+    Loaded(Tenant),
+    /// Out of generations: never used again, since an old id could come to mean a new tenant.
+    Worn,
+}
+
+/// A loaded adapter.
+#[derive(Debug)]
+pub(crate) struct Tenant {
+    pub(crate) stored: Stored,
+    pub(crate) pinned: bool,
+    replacing: bool,
+    last_use: u64,
+}
+
+/// One version of an adapter in memory.
+#[derive(Debug)]
+pub(crate) struct Stored {
+    key: u64,
+    pub(crate) bytes: usize,
+    pub(crate) leases: usize,
+}
+
+/// A lease of one version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Hold {
+    pub(crate) slot: u32,
+    key: u64,
+}
+
+/// Bytes set aside for a load or a replace; to be committed or cancelled.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    id: AdapterId,
+    bytes: usize,
+    /// Less than `bytes` where a replace counts on the bytes of the old version.
+    charged: usize,
+    replaces: bool,
+}
+
+impl Policy {
+    pub(crate) fn new(budget: usize, max_adapters: usize) -> Self {
+        Self { budget, max_adapters, slots: Vec::new(), draining: HashMap::new(), loading: 0, clock: 0 }
+    }
+
+    /// Makes room for a new adapter. Returns the slots whose tenants went for it; on an error none did.
+    pub(crate) fn admit(&mut self, bytes: usize) -> Result<(Ticket, Vec<u32>), PoolError> {
+        let victims = self.victims(bytes, true, None)?;
+        // Known before anybody goes, so that an error changes nothing.
+        let no_slot = PoolError::NoSlot { max_adapters: self.max_adapters };
+        let next = i32::try_from(self.slots.len()).map_err(|_| no_slot)?.unsigned_abs();
+        victims.iter().for_each(|&slot| self.vacate(slot));
+        let slot = (0..).zip(&self.slots).find(|(_, s)| matches!(s.state, State::Free)).map_or(next, |(slot, _)| slot);
+        if slot == next {
+            self.slots.push(Slot { generation: 0, state: State::Free });
+        }
+        let mut generation = 0;
+        if let Some(place) = self.slots.get_mut(slot as usize) {
+            place.state = State::Loading;
+            generation = place.generation;
+        }
+        self.loading += bytes;
+        let id = AdapterId { slot, generation };
+        Ok((Ticket { id, bytes, charged: bytes, replaces: false }, victims))
+    }
+
+    /// Makes room for a new version beside the old one or, if others cannot make way and nobody leases the old version,
+    /// in its place.
+    pub(crate) fn admit_replacement(&mut self, id: AdapterId, bytes: usize) -> Result<(Ticket, Vec<u32>), PoolError> {
+        let old = self.tenant(id)?;
+        let (idle, old_bytes) = (old.stored.leases == 0, old.stored.bytes);
+        let (charged, victims) = match self.victims(bytes, false, Some(id.slot)) {
+            Err(beside) if idle => {
+                let more = bytes.saturating_sub(old_bytes);
+                (more, self.victims(more, false, Some(id.slot)).map_err(|_| beside)?)
+            }
+            result => (bytes, result?),
+        };
+        victims.iter().for_each(|&slot| self.vacate(slot));
+        self.tenant(id)?.replacing = true;
+        self.loading += charged;
+        Ok((Ticket { id, bytes, charged, replaces: true }, victims))
+    }
+
+    /// Whether a replace of this adapter is under way.
+    pub(crate) fn replacing(&mut self, id: AdapterId) -> Result<bool, PoolError> {
+        Ok(self.tenant(id)?.replacing)
+    }
+
+    /// The new version becomes the one that is leased. After an error the ticket has to be cancelled.
+    pub(crate) fn commit(&mut self, ticket: &Ticket) -> Result<AdapterId, PoolError> {
+        let Ticket { id, bytes, charged, replaces } = *ticket;
+        let now = self.tick();
+        let new = Stored { key: now, bytes, leases: 0 };
+        if replaces {
+            let old = self.tenant(id)?;
+            let leased = old.stored.leases > 0;
+            if leased && bytes - charged > self.free() {
+                return Err(self.no_room(bytes)); // a batch leased the version whose bytes the ticket counted on
+            }
+            let tenant = self.tenant(id)?;
+            let old = mem::replace(&mut tenant.stored, new);
+            (tenant.replacing, tenant.last_use) = (false, now);
+            if leased {
+                self.draining.insert(old.key, old);
+            }
+        } else if let Some(slot) = self.slots.get_mut(id.slot as usize) {
+            slot.state = State::Loaded(Tenant { stored: new, pinned: false, replacing: false, last_use: now });
+        }
+        self.loading -= charged;
+        Ok(id)
+    }
+
+    /// As if the ticket had never been, but for what was evicted for it.
+    pub(crate) fn cancel(&mut self, ticket: &Ticket) {
+        self.loading -= ticket.charged;
+        if ticket.replaces {
+            if let Ok(tenant) = self.tenant(ticket.id) {
+                tenant.replacing = false;
+            }
+        } else if let Some(slot) = self.slots.get_mut(ticket.id.slot as usize) {
+            slot.state = State::Free; // nobody saw the id: the generation goes on
+        }
+    }
+
+    pub(crate) fn unload(&mut self, id: AdapterId) -> Result<(), PoolError> {
+        self.tenant(id)?;
+        self.vacate(id.slot);
+        Ok(())
+    }
+
+    pub(crate) fn pin(&mut self, id: AdapterId, pinned: bool) -> Result<(), PoolError> {
+        self.tenant(id)?.pinned = pinned;
+        Ok(())
+    }
+
+    /// One hold for every distinct adapter, in the order of appearance; on an error none.
+    pub(crate) fn lease(&mut self, ids: &[Option<AdapterId>]) -> Result<Vec<Hold>, PoolError> {
+        let mut seen = vec![false; self.slots.len()];
+        let mut holds = Vec::new();
+        for &id in ids.iter().flatten() {
+            let key = self.tenant(id)?.stored.key;
+            if seen.get_mut(id.slot as usize).is_some_and(|seen| !mem::replace(seen, true)) {
+                holds.push(Hold { slot: id.slot, key });
+            }
+        }
+        let now = self.tick();
+        for hold in &holds {
+            if let Some(State::Loaded(tenant)) = self.slots.get_mut(hold.slot as usize).map(|s| &mut s.state) {
+                tenant.stored.leases += 1;
+                tenant.last_use = now;
+            }
+        }
+        Ok(holds)
+    }
+
+    pub(crate) fn release(&mut self, hold: Hold) {
+        if let Some(State::Loaded(tenant)) = self.slots.get_mut(hold.slot as usize).map(|s| &mut s.state)
+            && tenant.stored.key == hold.key
+        {
+            tenant.stored.leases -= 1;
+        } else if let Some(old) = self.draining.get_mut(&hold.key) {
+            old.leases -= 1;
+            if old.leases == 0 {
+                self.draining.remove(&hold.key);
+            }
+        }
+    }
+
+    /// The loaded adapters by slot.
+    pub(crate) fn tenants(&self) -> impl Iterator<Item = (AdapterId, &Tenant)> {
+        (0..).zip(&self.slots).filter_map(|(slot, place)| match &place.state {
+            State::Loaded(tenant) => Some((AdapterId { slot, generation: place.generation }, tenant)),
+            _ => None,
+        })
+    }
+
+    pub(crate) fn draining(&self) -> usize {
+        self.draining.values().map(|s| s.bytes).sum()
+    }
+
+    pub(crate) const fn loading(&self) -> usize {
+        self.loading
+    }
+
+    pub(crate) fn used(&self) -> usize {
+        self.tenants().map(|(_, t)| t.stored.bytes).sum::<usize>() + self.draining() + self.loading
+    }
+
+    fn free(&self) -> usize {
+        self.budget.saturating_sub(self.used())
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    fn tenant(&mut self, id: AdapterId) -> Result<&mut Tenant, PoolError> {
+        match self.slots.get_mut(id.slot as usize) {
+            Some(Slot { generation, state: State::Loaded(tenant) }) if *generation == id.generation => Ok(tenant),
+            _ => Err(PoolError::Stale { id }),
+        }
+    }
+
+    /// Takes the tenant out. Its version drains if it is leased.
+    fn vacate(&mut self, slot: u32) {
+        let Some(place) = self.slots.get_mut(slot as usize) else { return };
+        let next = place.generation.checked_add(1);
+        let old = mem::replace(&mut place.state, if next.is_some() { State::Free } else { State::Worn });
+        place.generation = next.unwrap_or(place.generation);
+        if let State::Loaded(Tenant { stored, .. }) = old
+            && stored.leases > 0
+        {
+            self.draining.insert(stored.key, stored);
+        }
+    }
+
+    /// The least recently used of those that may go, as many as `bytes` more bytes (and one more slot) need; lower slots
+    /// first among those last used by the same batch.
+    fn victims(&self, bytes: usize, one_slot: bool, keep: Option<u32>) -> Result<Vec<u32>, PoolError> {
+        let mut idle: Vec<_> = self
+            .tenants()
+            .filter(|(id, tenant)| tenant.evictable() && keep != Some(id.slot))
+            .map(|(id, tenant)| (tenant.last_use, id.slot, tenant.stored.bytes))
+            .collect();
+        idle.sort_unstable();
+        let mut idle = idle.into_iter();
+        let mut free = self.free();
+        let taken = self.slots.iter().filter(|s| matches!(s.state, State::Loading | State::Loaded(_))).count();
+        let mut free_slots = self.max_adapters.saturating_sub(taken);
+        let mut victims = Vec::new();
+        while free < bytes || (one_slot && free_slots == 0) {
+            let Some((_, slot, freed)) = idle.next() else {
+                return Err(match free < bytes {
+                    true => self.no_room(bytes),
+                    false => PoolError::NoSlot { max_adapters: self.max_adapters },
+                });
+            };
+            free += freed;
+            free_slots += 1;
+            victims.push(slot);
+        }
+        Ok(victims)
+    }
+
+    fn no_room(&self, needed: usize) -> PoolError {
+        let sum = |class: fn(&Tenant) -> bool| -> usize {
+            self.tenants().filter(|(_, t)| class(t)).map(|(_, t)| t.stored.bytes).sum()
+        };
+        PoolError::NoRoom {
+            needed,
+            budget: self.budget,
+            free: self.free(),
+            evictable: sum(Tenant::evictable),
+            pinned: sum(|t| t.pinned),
+            in_use: sum(|t| !t.pinned && !t.evictable()) + self.draining(),
+            loading: self.loading,
+        }
+    }
+}
+
+impl Tenant {
+    const fn evictable(&self) -> bool {
+        !self.pinned && !self.replacing && self.stored.leases == 0
+    }
+}

@@ -1,0 +1,190 @@
+//! The pool that everybody sees: the work is done outside the lock, the decisions inside.
+
+use crate::check::check;
+use crate::policy::Tenant;
+use crate::shared::{Claim, Shared};
+use crate::{AdapterSnapshot, Lease, Memory, PoolConfig, PoolError, PoolSnapshot};
+use moe_lora_core::{AdapterId, AdapterWeights, InputError, ModelShape, TokenAdapters};
+use std::fmt;
+use std::sync::Arc;
+
+/// The adapters of one model, within a budget of bytes. Clones are handles to the same pool.
+#[derive(Clone)]
+pub struct AdapterPool {
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl AdapterPool {
+    /// An empty pool for the adapters of a model.
+    ///
+    /// # Errors
+    /// [`PoolError::Input`] if a limit is zero or there are more adapters than slot numbers.
+    pub fn new(memory: impl Into<Memory>, shape: &ModelShape, config: PoolConfig) -> Result<Self, PoolError> {
+        config.check()?;
+        Ok(Self { shared: Arc::new(Shared::new(memory.into(), shape.clone(), config)) })
+    }
+
+    /// Adds an adapter: converts it to the model's format and packs it, evicting the least recently used adapters that are
+    /// neither pinned nor leased if bytes or slots are short.
+    ///
+    /// While it runs, `weights` and the packed copy both exist; the budget counts the copy.
+    ///
+    /// # Errors
+    /// [`PoolError::Input`] if the weights do not fit the model, [`PoolConfig`] or, alone, the budget;
+    /// [`AlreadyLoaded`](PoolError::AlreadyLoaded); [`NoRoom`](PoolError::NoRoom) or [`NoSlot`](PoolError::NoSlot) if what
+    /// is pinned or in use leaves too little; [`OutOfMemory`](PoolError::OutOfMemory).
+    pub fn load(&self, name: &str, weights: AdapterWeights) -> Result<AdapterId, PoolError> {
+        let bytes = self.check(name, &weights)?;
+        let freeing = self.shared.freeing();
+        let mut state = self.shared.state();
+        if state.names.contains_key(name) {
+            return Err(PoolError::AlreadyLoaded { name: name.into() });
+        }
+        let (ticket, victims) = state.policy.admit(bytes)?;
+        let evicted = state.take(&victims);
+        state.evictions += evicted.len() as u64;
+        let name: Arc<str> = name.into();
+        state.names.insert(name.clone(), None);
+        drop(state);
+        drop(evicted);
+        drop(freeing);
+        Claim::new(&self.shared, name, ticket, true).fill(&weights)
+    }
+
+    /// Gives a loaded adapter new weights under the same id. Leases taken before keep the old version, leases taken
+    /// after see the new one, and none sees a mixture; pins stay.
+    ///
+    /// The new version is built beside the old one, so both have to fit into the budget; others are evicted for it as by
+    /// [`load`](Self::load). Where that is not enough and nobody leases the old version, its bytes count for the new one:
+    /// for the time of the call the memory then exceeds the budget by up to the smaller of the two, and the account never
+    /// does. If a batch leases the old version during such a call, the call fails with `NoRoom`.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), and [`NotLoaded`](PoolError::NotLoaded); [`Busy`](PoolError::Busy) if another thread is
+    /// replacing the adapter; [`Stale`](PoolError::Stale) if it was unloaded meanwhile. The old version stays served.
+    pub fn replace(&self, name: &str, weights: AdapterWeights) -> Result<AdapterId, PoolError> {
+        let bytes = self.check(name, &weights)?;
+        let freeing = self.shared.freeing();
+        let mut state = self.shared.state();
+        let Some((name, id)) = state.names.get_key_value(name).and_then(|(name, id)| Some((name.clone(), (*id)?)))
+        else {
+            return Err(PoolError::NotLoaded { name: name.into() });
+        };
+        if state.policy.replacing(id)? {
+            return Err(PoolError::Busy { name: name.as_ref().into() });
+        }
+        let (ticket, victims) = state.policy.admit_replacement(id, bytes)?;
+        let evicted = state.take(&victims);
+        state.evictions += evicted.len() as u64;
+        drop(state);
+        drop(evicted);
+        drop(freeing);
+        Claim::new(&self.shared, name, ticket, false).fill(&weights)
+    }
+
+    /// Takes an adapter out, pinned or not. Its id is stale at once; its bytes are free at once or when the last lease of
+    /// it drops.
+    ///
+    /// # Errors
+    /// [`PoolError::Stale`].
+    pub fn unload(&self, id: AdapterId) -> Result<(), PoolError> {
+        let _freeing = self.shared.freeing();
+        let mut state = self.shared.state();
+        state.policy.unload(id)?;
+        let gone = state.take(&[id.slot]);
+        drop(state);
+        drop(gone);
+        Ok(())
+    }
+
+    /// Keeps an adapter from being evicted. Pinning twice is pinning once.
+    ///
+    /// # Errors
+    /// [`PoolError::Stale`].
+    pub fn pin(&self, id: AdapterId) -> Result<(), PoolError> {
+        self.shared.state().policy.pin(id, true)
+    }
+
+    /// Lets an adapter be evicted again.
+    ///
+    /// # Errors
+    /// [`PoolError::Stale`].
+    pub fn unpin(&self, id: AdapterId) -> Result<(), PoolError> {
+        self.shared.state().policy.pin(id, false)
+    }
+
+    /// The id of a loaded adapter.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<AdapterId> {
+        *self.shared.state().names.get(name)?
+    }
+
+    /// Holds all adapters of a batch, which counts as a use of each.
+    ///
+    /// # Errors
+    /// [`PoolError::Stale`] names the first id that means no loaded adapter; then nothing is held.
+    pub fn lease(&self, tokens: &TokenAdapters) -> Result<Lease, PoolError> {
+        let mut state = self.shared.state();
+        let holds = state.policy.lease(tokens.ids())?;
+        // Every tenant of the policy has its resident: both change under one lock.
+        let block = |slot: u32| state.residents.get(&slot).map(|resident| resident.block.clone());
+        let held = holds.into_iter().filter_map(|hold| Some((hold, block(hold.slot)?))).collect();
+        drop(state);
+        Ok(Lease::new(self.shared.clone(), held))
+    }
+
+    /// What the pool holds now.
+    #[must_use]
+    pub fn snapshot(&self) -> PoolSnapshot {
+        let state = self.shared.state();
+        let adapter = |(id, tenant): (AdapterId, &Tenant)| {
+            let resident = state.residents.get(&id.slot)?;
+            Some(AdapterSnapshot {
+                name: resident.name.as_ref().into(),
+                id,
+                version: resident.version,
+                max_rank: resident.max_rank,
+                bytes: tenant.stored.bytes,
+                pinned: tenant.pinned,
+                leases: tenant.stored.leases,
+            })
+        };
+        PoolSnapshot {
+            budget_bytes: self.shared.config.bytes,
+            used_bytes: state.policy.used(),
+            draining_bytes: state.policy.draining(),
+            loading_bytes: state.policy.loading(),
+            adapters: state.policy.tenants().filter_map(adapter).collect(),
+            loads: state.loads,
+            evictions: state.evictions,
+            replaces: state.replaces,
+        }
+    }
+
+    /// The model that the adapters are for.
+    #[must_use]
+    pub fn shape(&self) -> &ModelShape {
+        &self.shared.shape
+    }
+
+    /// Everything that needs no lock. Returns the bytes to charge.
+    fn check(&self, name: &str, weights: &AdapterWeights) -> Result<usize, InputError> {
+        let Shared { memory, shape, config, .. } = &*self.shared;
+        check(weights, shape, config).map_err(|mut error| {
+            error.tensor = Some(format!("adapter {name:?} {}", error.tensor.unwrap_or_default()).trim_end().into());
+            error
+        })?;
+        let bytes = memory.bytes(weights, shape);
+        if bytes > config.bytes {
+            let expected = format!("at most the pool's budget of {} bytes", config.bytes);
+            return Err(InputError::new(format!("{bytes} bytes"), expected).in_tensor(format!("adapter {name:?}")));
+        }
+        Ok(bytes)
+    }
+}
+
+impl fmt::Debug for AdapterPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("AdapterPool").field(&self.snapshot()).finish()
+    }
+}
