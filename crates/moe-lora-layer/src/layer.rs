@@ -1,0 +1,172 @@
+//! The layer.
+
+use crate::LayerError;
+use moe_lora_core::{
+    Element, InputError, LayerShape, LayerWeights, RouterConfig, RouterWeights, Routing, TokenAdapters, TopK,
+};
+use moe_lora_pool::AdapterPool;
+use moe_lora_runner::{Backend, Batch, Device, Limits, MoeRunner};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// One MoE layer whose tokens each name their own adapter, or none.
+#[derive(Debug)]
+pub struct FusedMoEWithLoRA {
+    index: usize,
+    weights: LayerWeights,
+    router: Option<RouterWeights>,
+    router_config: RouterConfig,
+    pool: AdapterPool,
+    state: Arc<Mutex<State>>,
+}
+
+/// What forwards share from call to call; layers of one shape can share it too.
+#[derive(Debug)]
+struct State {
+    runner: MoeRunner,
+    topk: TopK,
+}
+
+impl FusedMoEWithLoRA {
+    /// Joins the base weights of decoder layer `index` (absolute, as adapters number it) with the pool that serves the
+    /// model's adapters. Routing by logits is softmax over all experts, renormalised, until a
+    /// [router](Self::with_router) says otherwise.
+    ///
+    /// # Errors
+    /// If the pool serves a model of another shape or has no such layer.
+    pub fn new(index: usize, weights: LayerWeights, device: &Device, pool: &AdapterPool) -> Result<Self, LayerError> {
+        Self::with_limits(index, weights, device, pool, Limits::default())
+    }
+
+    /// [`new`](Self::new) with a workspace for batches and ranks other than the [default](Limits::default).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and if a limit is zero.
+    pub fn with_limits(
+        index: usize,
+        weights: LayerWeights,
+        device: &Device,
+        pool: &AdapterPool,
+        limits: Limits,
+    ) -> Result<Self, LayerError> {
+        let model = pool.shape();
+        if model.layer != *weights.shape() || model.moe_layers.binary_search(&index).is_err() {
+            return Err(InputError::new(
+                format!("layer {index} of {:?}", weights.shape()),
+                format!("one of the layers {:?} of {:?} that the pool serves", model.moe_layers, model.layer),
+            )
+            .into());
+        }
+        let runner = match device.backend() {
+            Backend::Cpu => MoeRunner::new(weights.shape(), limits)?,
+            other => return Err(InputError::new(format!("{other:?}"), "a device of this build").into()),
+        };
+        let router_config = RouterConfig::softmax(weights.shape().top_k);
+        let state = Arc::new(Mutex::new(State { runner, topk: TopK::default() }));
+        Ok(Self { index, weights, router: None, router_config, pool: pool.clone(), state })
+    }
+
+    /// Uses the checkpoint's own router for [`Routing::Router`], and its settings for [`Routing::Logits`].
+    ///
+    /// # Errors
+    /// If the router is one for other sizes.
+    pub fn with_router(mut self, router: RouterWeights) -> Result<Self, LayerError> {
+        router.validate(self.shape())?;
+        self.router_config = router.config;
+        self.router = Some(router);
+        Ok(self)
+    }
+
+    /// Shares the workspace of another layer of the same shape; their forwards then take turns.
+    ///
+    /// # Errors
+    /// If the shapes differ.
+    pub fn sharing_workspace_with(mut self, other: &Self) -> Result<Self, LayerError> {
+        if self.shape() != other.shape() {
+            return Err(InputError::new(format!("{:?}", other.shape()), format!("{:?}", self.shape())).into());
+        }
+        self.state = Arc::clone(&other.state);
+        Ok(self)
+    }
+
+    /// Sizes.
+    #[must_use]
+    pub const fn shape(&self) -> &LayerShape {
+        self.weights.shape()
+    }
+
+    /// The base weights.
+    #[must_use]
+    pub const fn weights(&self) -> &LayerWeights {
+        &self.weights
+    }
+
+    /// Bytes of the workspace.
+    #[must_use]
+    pub fn workspace_bytes(&self) -> usize {
+        self.lock().runner.workspace_bytes()
+    }
+
+    /// The experts of every token: what [`forward`](Self::forward) would use.
+    ///
+    /// # Errors
+    /// If lengths do not fit, a logit is not finite, or [`Routing::Router`] is asked of a layer without a router.
+    pub fn route<X: Element>(&self, hidden: &[X], routing: Routing<'_>) -> Result<TopK, LayerError> {
+        let mut topk = TopK::default();
+        self.route_into(hidden, routing, &mut topk)?;
+        Ok(topk)
+    }
+
+    /// `out [T, H]` of `hidden [T, H]`, every token with its own adapter. Formats may differ: f32 hidden states stay f32
+    /// whatever the weights are.
+    ///
+    /// # Errors
+    /// If lengths do not fit, or an adapter was unloaded or evicted; nothing else in the batch is to blame then, and `out`
+    /// is unspecified.
+    pub fn forward<X: Element, Y: Element>(
+        &self,
+        hidden: &[X],
+        routing: Routing<'_>,
+        tokens: &TokenAdapters,
+        out: &mut [Y],
+    ) -> Result<(), LayerError> {
+        let lease = self.pool.lease(tokens)?;
+        let state = &mut *self.lock();
+        let (topk_ids, topk_weights) = match routing {
+            Routing::Selected { topk_ids, topk_weights } => (topk_ids, topk_weights),
+            _ => {
+                self.route_into(hidden, routing, &mut state.topk)?;
+                (&state.topk.topk_ids[..], &state.topk.topk_weights[..])
+            }
+        };
+        let adapters = &lease.table(self.index);
+        let batch = Batch { hidden, topk_ids, topk_weights, token_slots: tokens.slots(), adapters };
+        state.runner.forward(&self.weights, &batch, out)?;
+        Ok(())
+    }
+
+    fn route_into<X: Element>(&self, hidden: &[X], routing: Routing<'_>, out: &mut TopK) -> Result<(), LayerError> {
+        let shape = self.shape();
+        match routing {
+            Routing::Router => {
+                let missing = || InputError::new("a layer without a router", "logits, or a choice of experts");
+                moe_lora_route::route(self.router.as_ref().ok_or_else(missing)?, hidden, out)?;
+            }
+            Routing::Logits(logits) => {
+                let bias = self.router.as_ref().and_then(|r| r.selection_bias.as_deref());
+                moe_lora_route::topk(logits, shape.num_experts, &self.router_config, bias, out)?;
+            }
+            Routing::Selected { topk_ids, topk_weights } => {
+                out.topk_ids.clear();
+                out.topk_ids.extend_from_slice(topk_ids);
+                out.topk_weights.clear();
+                out.topk_weights.extend_from_slice(topk_weights);
+            }
+        }
+        Ok(())
+    }
+
+    /// A panic in another thread's forward leaves a workspace that the next forward overwrites anyway.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
