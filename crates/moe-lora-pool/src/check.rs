@@ -1,7 +1,6 @@
 //! Everything that can be wrong with an adapter, found before the pool changes.
 
 use crate::PoolConfig;
-use crate::host::key;
 use moe_lora_core::{AdapterWeights, DType, Element, InputError, Lora, Matrix, ModelShape, Projection};
 use std::collections::HashSet;
 
@@ -24,7 +23,7 @@ pub(crate) fn check(weights: &AdapterWeights, shape: &ModelShape, config: &PoolC
                 let place = || format!("layer {n} expert {e} {projection}");
                 sizes(lora, projection, shape, config).map_err(|error| error.in_tensor(place()))?;
                 for (side, matrix) in [("A", lora.a()), ("B", lora.b())] {
-                    if seen.insert(key(matrix)) {
+                    if seen.insert(matrix.storage_key()) {
                         numbers(matrix, shape.dtype).map_err(|error| error.in_tensor(format!("{} {side}", place())))?;
                     }
                 }

@@ -32,17 +32,12 @@ impl HostMemory {
     }
 }
 
-/// Equal for matrices that are the same numbers in the same place.
-pub(crate) fn key(matrix: &Matrix) -> impl Eq + std::hash::Hash + use<> {
-    (matrix.storage_key(), matrix.dtype())
-}
-
 /// Every distinct matrix of all layers once, in the order of storage.
 fn distinct(weights: &AdapterWeights) -> impl Iterator<Item = &Matrix> {
     let mut seen = HashSet::new();
     let experts = weights.layers().values().flat_map(AdapterLayer::experts);
     let loras = experts.flat_map(|expert| Projection::ALL.into_iter().filter_map(|p| expert.get(p)));
-    loras.flat_map(|lora| [lora.a(), lora.b()]).filter(move |matrix| seen.insert(key(matrix)))
+    loras.flat_map(|lora| [lora.a(), lora.b()]).filter(move |matrix| seen.insert(matrix.storage_key()))
 }
 
 fn pack<T: Element>(weights: &AdapterWeights, shape: &ModelShape) -> Result<AdapterWeights, PoolError> {
@@ -56,13 +51,14 @@ fn pack<T: Element>(weights: &AdapterWeights, shape: &ModelShape) -> Result<Adap
     values.resize(first, T::from_f32(0.0));
     let mut places = HashMap::new();
     for matrix in distinct(weights) {
-        places.insert(key(matrix), values.len() * size);
+        places.insert(matrix.storage_key(), values.len() * size);
         append(&mut values, matrix);
     }
 
     let buffer = Buffer::from_vec(values);
     // Every key is in `places`: both loops walk the same matrices.
-    let matrix = |m: &Matrix| Matrix::new(buffer.clone(), T::DTYPE, places[&key(m)], m.rows(), m.cols(), m.cols());
+    let matrix =
+        |m: &Matrix| Matrix::new(buffer.clone(), T::DTYPE, places[&m.storage_key()], m.rows(), m.cols(), m.cols());
     let lora = |lora: Option<&Lora>| {
         lora.map(|lora| Lora::new(matrix(lora.a())?, matrix(lora.b())?, lora.scale())).transpose()
     };

@@ -7,7 +7,7 @@ use common::{HIDDEN, INTERMEDIATE, MAX_RANK, Maker, adapter, assert_shows, bits,
 use half::bf16;
 use moe_lora_core::{
     AdapterId, AdapterLayer, AdapterWeights, DType, ExpertLora, LayerShape, Lora, Matrix, ModelShape, Projection,
-    TokenAdapters,
+    Slice, TokenAdapters,
 };
 use moe_lora_pool::{AdapterPool, HostMemory, Lease, PoolConfig, PoolError};
 
@@ -94,6 +94,14 @@ fn shared_matrices_are_stored_once_and_stay_shared() {
     }
 }
 
+fn address(matrix: &Matrix) -> usize {
+    match matrix.slice() {
+        Slice::F32(v) => v.as_ptr() as usize,
+        Slice::F16(v) => v.as_ptr() as usize,
+        Slice::Bf16(v) => v.as_ptr() as usize,
+    }
+}
+
 #[test]
 fn an_adapter_is_one_aligned_allocation_without_gaps() {
     for dtype in DTYPES {
@@ -103,8 +111,7 @@ fn an_adapter_is_one_aligned_allocation_without_gaps() {
             let lease = lease(&pool, &[id]);
             let tables = [1, 3].map(|n| lease.table(n));
             let layers = tables.iter().filter_map(|t| t.layer(id.slot as i32));
-            let mut places: Vec<_> =
-                layers.flat_map(|l| l.matrices()).map(|m| (m.storage_key().0, m.size_bytes())).collect();
+            let mut places: Vec<_> = layers.flat_map(|l| l.matrices()).map(|m| (address(m), m.size_bytes())).collect();
             places.sort_unstable();
             assert_eq!(places[0].0 % 64, 0);
             assert!(places.windows(2).all(|w| w[0].0 + w[0].1 == w[1].0), "{places:?}");
