@@ -48,7 +48,7 @@ impl fmt::Display for Device {
 impl From<&Device> for Memory {
     fn from(device: &Device) -> Self {
         match device.backend {
-            Backend::Cpu => Self::Host(HostMemory::default()),
+            Backend::Cpu => Self::Host(HostMemory),
         }
     }
 }

@@ -18,9 +18,13 @@ fn adapters(count: usize, rank: usize) -> Vec<AdapterSpec> {
 fn fused_kernel_base_grid() {
     for top_k in [6, 12] {
         let shape = LayerShape::new(64, top_k, 256, 176).unwrap();
-        for (count, rank, dtype) in
-            [(4, 16, DType::Bf16), (6, 32, DType::F16), (16, 64, DType::Bf16), (4, 64, DType::F32), (16, 16, DType::F16)]
-        {
+        for (count, rank, dtype) in [
+            (4, 16, DType::Bf16),
+            (6, 32, DType::F16),
+            (16, 64, DType::Bf16),
+            (4, 64, DType::F32),
+            (16, 16, DType::F16),
+        ] {
             let spec = CaseSpec { adapters: adapters(count, rank), mix: AdapterMix::Runs, ..CaseSpec::new(shape, 100) };
             check(&spec.dtype(dtype).build(42));
         }
@@ -108,7 +112,8 @@ fn runner_grid() {
         for (activation, bias, interleaved) in
             [(Activation::Silu, true, false), (Activation::GPT_OSS, true, true), (Activation::Gelu, false, true)]
         {
-            let spec = CaseSpec { adapters: adapters(2, rank), activation, bias, interleaved, ..CaseSpec::new(shape, tokens) };
+            let spec =
+                CaseSpec { adapters: adapters(2, rank), activation, bias, interleaved, ..CaseSpec::new(shape, tokens) };
             check(&spec.clone().build(1));
             check(&spec.dtype(DType::Bf16).build(2));
         }
@@ -129,9 +134,13 @@ fn every_kind_of_adapter_in_one_batch() {
         AdapterSpec { shared_outer: true, shared_gate_up_a: true, ranks: [6, 6, 11], some_experts: false },
         AdapterSpec { shared_outer: true, some_experts: true, ..AdapterSpec::rank(4) },
     ];
-    for routing in
-        [RoutingMix::Uniform, RoutingMix::Skewed, RoutingMix::AllOnOne, RoutingMix::Duplicates, RoutingMix::ForeignExperts]
-    {
+    for routing in [
+        RoutingMix::Uniform,
+        RoutingMix::Skewed,
+        RoutingMix::AllOnOne,
+        RoutingMix::Duplicates,
+        RoutingMix::ForeignExperts,
+    ] {
         for dtype in [DType::F32, DType::F16, DType::Bf16] {
             let spec = CaseSpec { adapters: kinds.clone(), routing, ..CaseSpec::new(shape, 72).dtype(dtype) };
             check(&spec.build(3));

@@ -58,8 +58,11 @@ fn layers_of_another_shape() {
 fn absent_experts_and_projections_add_exactly_nothing() {
     let shape = LayerShape::new(4, 1, 32, 24).unwrap();
     let partial = AdapterSpec { some_experts: true, ..AdapterSpec::rank(8) };
-    let spec =
-        CaseSpec { adapters: vec![partial], mix: AdapterMix::RoundRobin, ..CaseSpec::new(shape, 40).dtype(DType::Bf16) };
+    let spec = CaseSpec {
+        adapters: vec![partial],
+        mix: AdapterMix::RoundRobin,
+        ..CaseSpec::new(shape, 40).dtype(DType::Bf16)
+    };
     let mut case = spec.build(2);
     // A former tenant of the same slot, with all experts, runs first in the same workspace.
     let mut runner = runner(&case);
@@ -87,12 +90,8 @@ fn swapped_gate_and_up_would_be_seen() {
         down: e.down.clone(),
         bias: None,
     });
-    swapped.weights = moe_lora_core::LayerWeights::new(
-        case.spec.shape,
-        experts.collect(),
-        moe_lora_core::Activation::Silu,
-    )
-    .unwrap();
+    swapped.weights =
+        moe_lora_core::LayerWeights::new(case.spec.shape, experts.collect(), moe_lora_core::Activation::Silu).unwrap();
     let error = |found: &[f64]| moe_lora_reference::metrics::relative_error(found, &truth);
     assert!(error(&found) < 1e-5 && error(&run(&swapped)) > 0.1);
 }

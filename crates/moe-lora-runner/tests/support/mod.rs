@@ -1,5 +1,11 @@
 //! Running a drawn case through the runner.
-#![allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used, reason = "each test file uses its part of this, and may panic")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    clippy::unwrap_used,
+    reason = "each test file uses its part of this, and may panic"
+)]
 
 use half::{bf16, f16};
 use moe_lora_core::{AdapterTable, DType, Element};
@@ -28,7 +34,11 @@ pub fn forward(runner: &mut MoeRunner, case: &Case, adapters: &AdapterTable<'_>)
     }
 }
 
-fn typed<X: Element>(runner: &mut MoeRunner, case: &Case, adapters: &AdapterTable<'_>) -> Result<Vec<f64>, RunnerError> {
+fn typed<X: Element>(
+    runner: &mut MoeRunner,
+    case: &Case,
+    adapters: &AdapterTable<'_>,
+) -> Result<Vec<f64>, RunnerError> {
     let hidden = case.hidden_as::<X>();
     let mut out = vec![X::from_f32(f32::NAN); hidden.len()];
     let batch = Batch {

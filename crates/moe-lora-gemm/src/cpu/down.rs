@@ -1,0 +1,56 @@
+//! The second stage: `y = W2 h + b2 + B s A h`.
+
+use super::Batch;
+use super::project::{BLOCK, Loras, pieces, project, typed};
+use super::shrink;
+use super::simd::{Engine, RowLora, for_each_block};
+use super::workspace::{BAND_ROWS, Band, Workspace, row_stride};
+use bytemuck::cast_slice;
+use moe_lora_core::{Projection, Segment};
+
+pub(super) fn run<E: Engine>(engine: E, batch: &Batch<'_>, ws: &mut Workspace) {
+    let Batch { weights, rows, adapters } = *batch;
+    let shape = weights.shape();
+    let max_rank = ws.max_rank;
+    let buffers = &mut ws.buffers;
+    let h: &[E::X] = cast_slice(&buffers.h);
+    let stride = row_stride::<E::X>(shape.intermediate_size);
+    let x = |row: usize| &h[row * stride..][..shape.intermediate_size];
+    shrink::rows(engine, batch, &[Projection::Down], x, max_rank, max_rank, &mut buffers.row_s);
+    let row_s = &*buffers.row_s;
+
+    let lora = |segment: &Segment, row: usize| {
+        // A shared B is applied in `combine`, to the sum over the token's experts.
+        let layer = adapters.layer(segment.slot).filter(|l| !l.shares_outer(Projection::Down))?;
+        let lora = layer.experts()[segment.expert as usize].get(Projection::Down)?;
+        Some(RowLora { b: typed(lora.b()), s: &row_s[row * max_rank..][..lora.rank()], scale: lora.scale() })
+    };
+
+    let y = &mut buffers.y[..rows.num_rows() * shape.hidden_size];
+    for_each_block(y, [shape.hidden_size; 2], &ws.bands, BLOCK, |Band { expert, rows: band }, mut block| {
+        let expert = &weights.experts()[*expert];
+        let features = block.cols();
+        let mut vectors: [&[E::X]; BAND_ROWS] = [&[]; BAND_ROWS];
+        for (vector, row) in vectors.iter_mut().zip(band.clone()) {
+            *vector = x(row);
+        }
+        let mut loras: Loras<'_, E::W> = [None; BAND_ROWS];
+        for (segment, piece) in pieces(&rows.segments, band) {
+            for row in piece {
+                loras[row - band.start] = lora(segment, row);
+            }
+        }
+        let mut sums = [[0.0; BLOCK]; BAND_ROWS];
+        let (vectors, loras) = (&vectors[..band.len()], &loras[..band.len()]);
+        project(engine, typed(&expert.down), features.clone(), vectors, loras, &mut sums);
+        for (i, sums) in sums.iter().enumerate().take(band.len()) {
+            let y = block.row(i);
+            y.copy_from_slice(&sums[..features.len()]);
+            if let Some(bias) = &expert.bias {
+                for (y, bias) in y.iter_mut().zip(&bias.down[features.clone()]) {
+                    *y += bias;
+                }
+            }
+        }
+    });
+}
