@@ -1,0 +1,49 @@
+//! `cargo xtask <command>`: everything that is done with this repository, one file per command.
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line speaks")]
+
+mod bench;
+mod ci;
+mod golden;
+mod shell;
+mod test;
+mod tidy;
+
+use anyhow::{Result, bail};
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+cargo xtask <command>
+
+  test              everything that can be tested on this machine
+  ci                what must pass before a change lands: fmt, clippy, docs, tests, tidy, packages
+  tidy              the house rules: imports between crates, file sizes, module docs, unsafe, READMEs
+  golden            rebuild the fixtures from transformers and PEFT (needs Python and 12 GB of disk)
+  bench --cpu       time the layer on this processor [--torch PYTHON: transformers and PEFT in the same run] [--json FILE]
+";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match run(&args.iter().map(String::as_str).collect::<Vec<_>>()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(words: &[&str]) -> Result<()> {
+    match words {
+        ["test", rest @ ..] => test::run(rest),
+        ["ci"] => ci::run(),
+        ["tidy"] => tidy::run(),
+        ["golden"] => golden::run(),
+        ["bench", rest @ ..] => bench::run(rest),
+        [] | ["help" | "--help" | "-h"] => {
+            print!("{USAGE}");
+            Ok(())
+        }
+        other => bail!("unknown command: {}\n\n{USAGE}", other.join(" ")),
+    }
+}
