@@ -5,9 +5,12 @@
 mod bench;
 mod ci;
 mod golden;
+mod kernels;
+mod sass;
 mod shell;
 mod test;
 mod tidy;
+mod toolkit;
 
 use anyhow::{Result, bail};
 use std::process::ExitCode;
@@ -18,6 +21,9 @@ cargo xtask <command>
   test              everything that can be tested on this machine
   ci                what must pass before a change lands: fmt, clippy, docs, tests, tidy, packages
   tidy              the house rules: imports between crates, file sizes, module docs, unsafe, READMEs
+  toolkit           install the pinned CUDA compiler into target/ from the Python package index
+  kernels           build the CUDA images; registers, shared memory and spills of every kernel [--prebuilt: for packages]
+  sass              fail on spills, local memory and stacks in the built images
   golden            rebuild the fixtures from transformers and PEFT (needs Python and 12 GB of disk)
   bench --cpu       time the layer on this processor [--torch PYTHON: transformers and PEFT in the same run] [--json FILE]
 ";
@@ -38,6 +44,9 @@ fn run(words: &[&str]) -> Result<()> {
         ["test", rest @ ..] => test::run(rest),
         ["ci"] => ci::run(),
         ["tidy"] => tidy::run(),
+        ["toolkit", rest @ ..] => toolkit::run(rest),
+        ["kernels", rest @ ..] => kernels::run(rest),
+        ["sass", rest @ ..] => sass::run(rest),
         ["golden"] => golden::run(),
         ["bench", rest @ ..] => bench::run(rest),
         [] | ["help" | "--help" | "-h"] => {

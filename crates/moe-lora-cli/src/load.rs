@@ -1,0 +1,48 @@
+//! Opening models and adapters, with a word to the one who waits.
+
+use crate::args::NamedAdapter;
+use anyhow::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+use moe_lora::adapter::OpenOptions;
+use moe_lora::{AdapterWeights, InputError, ModelShape, PeftAdapter};
+use std::collections::HashSet;
+
+/// A bar on standard error; none off a terminal.
+pub(crate) fn progress(steps: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}");
+    ProgressBar::new(steps as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// Opens and resolves all adapters; warnings go to standard error.
+pub(crate) fn adapters(
+    named: &[NamedAdapter],
+    shape: &ModelShape,
+    options: &OpenOptions,
+) -> Result<Vec<AdapterWeights>> {
+    let mut names = HashSet::new();
+    if let Some(twice) = named.iter().find(|a| !names.insert(&a.name)) {
+        return Err(InputError::new(format!("the name {:?} twice", twice.name), "unique names")
+            .in_tensor("--adapter")
+            .into());
+    }
+    let bar = progress(named.len());
+    let mut loaded = Vec::with_capacity(named.len());
+    for NamedAdapter { name, dir } in named {
+        bar.set_message(format!("loading {name}"));
+        let adapter = PeftAdapter::open_with(dir, options.clone())?;
+        let weights = adapter.resolve(shape)?;
+        bar.suspend(|| notes(name, &adapter));
+        loaded.push(weights);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(loaded)
+}
+
+fn notes(name: &str, adapter: &PeftAdapter) {
+    adapter.warnings().iter().for_each(|warning| eprintln!("warning: adapter {name}: {warning}"));
+    let unused = adapter.unused_keys();
+    if let Some(first) = unused.first() {
+        eprintln!("note: adapter {name}: {} tensors outside the experts are the engine's ({first}, ...)", unused.len());
+    }
+}

@@ -1,0 +1,178 @@
+// Everything that crosses from the host: one struct a kernel, and the records that kernels hand to each other.
+//
+// `src/params.rs` holds the same structs in Rust. Both sides assert every size, and the Rust side every offset, so that
+// neither can change alone. All pointers are device addresses of 8 bytes; all other fields are 4 bytes wide.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+// Where one projection of one (slot, expert) finds its adapter. `a` is [rank8, in], `b` is [out, rank8], row-major,
+// 16-byte aligned, with rank8 = rank rounded up to a multiple of 8 and the padding zero. rank 0 is no adapter.
+struct AdapterEntry {
+    uint64_t a;
+    uint64_t b;
+    int32_t rank;
+    float scale;
+};
+static_assert(sizeof(AdapterEntry) == 24, "AdapterEntry");
+
+// Rows [first_row, end_row) of one expert and one slot (-1: base model).
+struct Segment {
+    uint32_t expert;
+    int32_t slot;
+    uint32_t first_row;
+    uint32_t end_row;
+};
+static_assert(sizeof(Segment) == 16, "Segment");
+
+// At most kTileRows rows of one expert; `first_segment` is the index of the segment that holds the first of them.
+struct RowTile {
+    uint32_t expert;
+    uint32_t first_row;
+    uint32_t num_rows;
+    uint32_t first_segment;
+};
+static_assert(sizeof(RowTile) == 16, "RowTile");
+
+// What align found; written whole by every launch.
+struct RouteCounts {
+    uint32_t num_rows;
+    uint32_t num_segments;
+    uint32_t num_tiles;
+    uint32_t num_chunks;
+    uint32_t bad_experts;  // ids outside [-1, E), skipped
+    uint32_t bad_slots;    // slots outside [-1, L), taken as -1
+    uint32_t reserved[2];
+};
+static_assert(sizeof(RouteCounts) == 32, "RouteCounts");
+
+constexpr int kTileRows = 128;  // most rows of a RowTile
+constexpr int kChunkRows = 32;  // most rows of a LoRA chunk
+constexpr int kSortDigit = 1024;  // slots are sorted by digits of this base
+
+struct TopkParams {
+    uint64_t logits;          // f32 [T, E]
+    uint64_t selection_bias;  // f32 [E] or 0
+    uint64_t topk_ids;        // i32 [T, k], out
+    uint64_t topk_weights;    // f32 [T, k], out
+    uint32_t num_tokens;
+    uint32_t num_experts;
+    uint32_t top_k;
+    uint32_t sigmoid;       // 0: softmax over all experts
+    uint32_t renormalize;
+    uint32_t num_groups;    // 0: no groups
+    uint32_t top_groups;
+    uint32_t group_top_two;  // 0: a group scores by its best expert, 1: by the sum of its best two
+    float renormalize_epsilon;
+    float scaling;
+};
+static_assert(sizeof(TopkParams) == 72, "TopkParams");
+
+struct AlignParams {
+    uint64_t topk_ids;      // i32 [T, k]
+    uint64_t topk_weights;  // f32 [T, k]
+    uint64_t token_slots;   // i32 [T] or 0: all base
+    uint64_t slot_active;   // u8 [L] or 0: all; a slot with 0 has no adapter in this layer and counts as -1
+    uint64_t row_pair;      // u32 [T * k], out
+    uint64_t row_weight;    // f32 [T * k], out
+    uint64_t pair_row;      // i32 [T * k], out
+    uint64_t segments;      // Segment [most segments], out
+    uint64_t tiles;         // RowTile [most tiles], out
+    uint64_t chunks;        // Segment [most chunks], out: LoRA work
+    uint64_t counts;        // RouteCounts, out
+    uint64_t order;         // u32 [2, T], scratch
+    uint64_t table;         // u32 [grid, max(E + 2, 1024)], scratch; only for grid > 1
+    uint64_t barrier;       // u32, zeroed once when allocated; only for grid > 1
+    uint32_t num_tokens;
+    uint32_t top_k;
+    uint32_t num_experts;
+    uint32_t num_slots;
+};
+static_assert(sizeof(AlignParams) == 128, "AlignParams");
+
+// s = scale * A x for every row of every LoRA chunk. A value of `shrunk` is two numbers of the activation's format whose sum
+// it is; of four neighbouring ranks the four first numbers come first, then the four second ones.
+struct ShrinkParams {
+    uint64_t input;     // [*, K]
+    uint64_t row_pair;  // u32 [rows]: input row = row_pair / top_k; 0: input row = row
+    uint64_t chunks;    // Segment
+    uint64_t counts;    // RouteCounts
+    uint64_t adapters;  // AdapterEntry [L, E, 3]
+    uint64_t shrunk;    // [rows, shrunk_stride] of 4 bytes, out
+    uint32_t top_k;
+    uint32_t num_experts;
+    uint32_t width;            // K
+    uint32_t first_projection;  // 0: gate, then up; 2: down
+    uint32_t num_projections;   // 2 or 1
+    uint32_t max_rank;          // multiple of 8; projection p starts at column p * max_rank
+    uint32_t shrunk_stride;
+    uint32_t reserved;
+};
+static_assert(sizeof(ShrinkParams) == 80, "ShrinkParams");
+
+// h = act(W_gate x + B S, W_up x + B S) for every row.
+struct GateUpParams {
+    uint64_t hidden;       // [T, H]
+    uint64_t gate;         // [E, I, H] with the strides below
+    uint64_t up;           // likewise
+    uint64_t gate_bias;    // f32 [E, I] or 0
+    uint64_t up_bias;      // f32 [E, I] or 0
+    uint64_t row_pair;     // u32 [rows]
+    uint64_t row_weight;   // f32 [rows]; read only if weigh_input
+    uint64_t tiles;        // RowTile
+    uint64_t segments;     // Segment
+    uint64_t counts;       // RouteCounts
+    uint64_t adapters;     // AdapterEntry [L, E, 3] or 0: no LoRA; else the launch before must be shrink for gate and up
+    uint64_t shrunk;       // [rows, shrunk_stride] of 4 bytes
+    uint64_t intermediate;  // [rows, I], out
+    uint64_t expert_stride;  // numbers from expert to expert, of gate and of up
+    uint32_t row_stride;     // numbers from row to row: H, or 2H where gate and up rows alternate
+    uint32_t top_k;
+    uint32_t num_experts;
+    uint32_t hidden_size;
+    uint32_t intermediate_size;
+    uint32_t max_rank;  // column of up's part of a shrunk row
+    uint32_t shrunk_stride;
+    uint32_t activation;   // 0 SiLU, 1 GELU, 2 GELU in the tanh form, 3 clamped SwiGLU
+    uint32_t weigh_input;  // multiply the products by the routing weight, before the bias
+    float alpha;           // of the clamped SwiGLU
+    float limit;
+    uint32_t reserved;
+};
+static_assert(sizeof(GateUpParams) == 160, "GateUpParams");
+
+// y = W_down h + B S + bias for every row.
+struct DownParams {
+    uint64_t intermediate;  // [rows, I]
+    uint64_t down;          // [E, H, I]
+    uint64_t bias;          // f32 [E, H] or 0
+    uint64_t tiles;
+    uint64_t segments;
+    uint64_t counts;
+    uint64_t adapters;  // AdapterEntry [L, E, 3] or 0: no LoRA; else the launch before must be shrink for down
+    uint64_t shrunk;    // [rows, shrunk_stride] of 4 bytes
+    uint64_t rows_out;  // [rows, H], out; without LoRA the launch before must be gate_up
+    uint64_t expert_stride;
+    uint32_t row_stride;
+    uint32_t num_experts;
+    uint32_t hidden_size;
+    uint32_t intermediate_size;
+    uint32_t shrunk_stride;
+    uint32_t rows_f32;  // rows_out is f32 and not the activation's format
+};
+static_assert(sizeof(DownParams) == 104, "DownParams");
+
+// out = scaling * sum_j w_j y_j.
+struct CombineParams {
+    uint64_t rows_in;       // [rows, H]
+    uint64_t pair_row;      // i32 [T * k]
+    uint64_t topk_weights;  // f32 [T, k], or 0: all 1
+    uint64_t out;           // [T, H]
+    uint32_t num_tokens;
+    uint32_t top_k;
+    uint32_t hidden_size;
+    uint32_t rows_f32;
+    uint32_t out_f32;
+    float scaling;
+};
+static_assert(sizeof(CombineParams) == 56, "CombineParams");

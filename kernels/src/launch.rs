@@ -1,0 +1,234 @@
+//! How many blocks a kernel wants: pure functions of the batch's sizes and the number of SMs, never of the routing.
+
+use crate::{AlignParams, CombineParams, DownParams, GateUpParams, ShrinkParams, TopkParams};
+
+/// `kTileRows`.
+const TILE_ROWS: u64 = 128;
+/// `kChunkRows`.
+const CHUNK_ROWS: u64 = 32;
+/// `kSortWarps`.
+const SORT_WARPS: u32 = 16;
+/// `kSortDigit`.
+const SORT_DIGIT: u32 = 1024;
+/// Pairs that one block of align sorts faster than several.
+const PAIRS_OF_ONE_BLOCK: u64 = 2048;
+/// Pairs of a block otherwise.
+const PAIRS_OF_A_BLOCK: u64 = 1024;
+/// `kTopkWarps`.
+const TOPK_WARPS: u32 = 4;
+/// `kShrinkShared`.
+pub(crate) const SHRINK_SHARED: u32 = 4 * 32 * 36 * 4;
+/// `kProductShared + kLoraPartsBytes`.
+pub(crate) const PRODUCT_SHARED: u32 = 96 * 1024 + 128 * 24;
+/// The experts that align and topk can tell apart.
+pub(crate) const MOST_EXPERTS: u32 = 1024;
+/// Blocks per SM that are worth launching; what they leave is done in turns.
+const WAVES: u64 = 64;
+
+/// The size of a launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Launch {
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared_bytes: u32,
+    /// Blocks of a cluster along x; 1: no clusters.
+    pub cluster: u32,
+    /// All blocks must run at the same time.
+    pub cooperative: bool,
+}
+
+impl Launch {
+    const fn new(grid: [u32; 3], block: u32, shared_bytes: u32) -> Self {
+        Self { grid, block, shared_bytes, cluster: 1, cooperative: false }
+    }
+}
+
+/// How long the lists of a batch can become: what their memory and the grids are sized by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RouteBounds {
+    /// (token, expert) pairs, and rows at most.
+    pub pairs: u64,
+    /// Segments.
+    pub segments: u64,
+    /// Row tiles.
+    pub tiles: u64,
+    /// LoRA chunks.
+    pub chunks: u64,
+}
+
+impl RouteBounds {
+    /// For T tokens with k of E experts each, and L slots.
+    #[must_use]
+    pub fn new(num_tokens: u64, top_k: u64, num_experts: u64, num_slots: u64) -> Self {
+        let pairs = num_tokens * top_k;
+        let with_slot = pairs.min(num_experts.saturating_mul(num_slots));
+        Self {
+            pairs,
+            segments: pairs.min(num_experts.saturating_mul(num_slots + 1)),
+            tiles: pairs.min(num_experts) + pairs / TILE_ROWS,
+            chunks: if num_slots == 0 { 0 } else { pairs.min(with_slot + pairs / CHUNK_ROWS) },
+        }
+    }
+}
+
+/// A grid of at most `WAVES` blocks an SM that covers `items`, at least one.
+fn covering(items: u64, sm_count: u32) -> u32 {
+    items.clamp(1, u64::from(sm_count.max(1)) * WAVES) as u32
+}
+
+pub(crate) const fn topk_shared(num_experts: u32) -> u32 {
+    TOPK_WARPS * 3 * num_experts * 4
+}
+
+pub(crate) const fn align_shared(num_experts: u32, num_slots: u32) -> u32 {
+    let digit = if num_slots >= SORT_DIGIT { SORT_DIGIT } else { num_slots + 1 };
+    let bins = if num_experts + 2 > digit { num_experts + 2 } else { digit };
+    (bins + 1 + SORT_WARPS * bins) * 4
+}
+
+impl TopkParams {
+    /// One warp a token.
+    #[must_use]
+    pub fn launch(&self, sm_count: u32) -> Launch {
+        let blocks = covering(u64::from(self.num_tokens).div_ceil(u64::from(TOPK_WARPS)), sm_count);
+        Launch::new([blocks, 1, 1], TOPK_WARPS * 32, topk_shared(self.num_experts))
+    }
+}
+
+impl AlignParams {
+    /// One block for few pairs, else up to one an SM, which must run together.
+    #[must_use]
+    pub fn launch(&self, sm_count: u32) -> Launch {
+        let pairs = u64::from(self.num_tokens) * u64::from(self.top_k);
+        let blocks = match pairs {
+            0..=PAIRS_OF_ONE_BLOCK => 1,
+            _ => pairs.div_ceil(PAIRS_OF_A_BLOCK).min(u64::from(sm_count.max(1))) as u32,
+        };
+        let shared = align_shared(self.num_experts, self.num_slots);
+        Launch { cooperative: blocks > 1, ..Launch::new([blocks, 1, 1], SORT_WARPS * 32, shared) }
+    }
+
+    /// Bytes that `table` needs for any batch.
+    #[must_use]
+    pub fn table_bytes(num_experts: u32, sm_count: u32) -> u64 {
+        u64::from(sm_count) * u64::from((num_experts + 2).max(SORT_DIGIT)) * 4
+    }
+}
+
+impl ShrinkParams {
+    /// One block a chunk and 16 ranks, at most.
+    #[must_use]
+    pub fn launch(&self, bounds: &RouteBounds, sm_count: u32) -> Launch {
+        let rank_blocks = (u64::from(self.num_projections) * u64::from(self.max_rank)).div_ceil(16);
+        Launch::new([covering(bounds.chunks * rank_blocks, sm_count), 1, 1], 256, SHRINK_SHARED)
+    }
+}
+
+impl GateUpParams {
+    /// One block a row tile and 64 features, at most.
+    #[must_use]
+    pub fn launch(&self, bounds: &RouteBounds, sm_count: u32) -> Launch {
+        let blocks = bounds.tiles * u64::from(self.intermediate_size.div_ceil(64));
+        Launch::new([covering(blocks, sm_count), 1, 1], 256, PRODUCT_SHARED)
+    }
+}
+
+impl DownParams {
+    /// One block a row tile and 128 features, at most.
+    #[must_use]
+    pub fn launch(&self, bounds: &RouteBounds, sm_count: u32) -> Launch {
+        let blocks = bounds.tiles * u64::from(self.hidden_size.div_ceil(128));
+        Launch::new([covering(blocks, sm_count), 1, 1], 256, PRODUCT_SHARED)
+    }
+}
+
+impl CombineParams {
+    /// One block 1024 features of a token.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        Launch::new([self.hidden_size.div_ceil(8 * 128), self.num_tokens.min(65_535), 1], 128, 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The longest lists that a batch can make, by brute force over how rows spread over experts and slots.
+    #[test]
+    fn bounds_hold_for_the_worst_spread() {
+        for (tokens, k, experts, slots) in [(1, 2, 4, 3), (64, 8, 128, 8), (300, 1, 1, 1), (33, 2, 3, 40), (5, 3, 4, 0)]
+        {
+            let bounds = RouteBounds::new(tokens, k, experts, slots);
+            for spread in 1..=experts {
+                // `spread` experts share all rows, each expert's rows cycle over `used` slots.
+                for used in 0..=slots {
+                    let (mut segments, mut tiles, mut chunks) = (0, 0, 0);
+                    for expert in 0..spread {
+                        let rows = bounds.pairs / spread + u64::from(expert < bounds.pairs % spread);
+                        tiles += rows.div_ceil(TILE_ROWS);
+                        let parts = rows.min(used.max(1));
+                        segments += parts;
+                        if used > 0 {
+                            // Every segment opens a chunk, and every 32nd row that is not at a border.
+                            chunks += parts + rows.saturating_sub(1) / CHUNK_ROWS;
+                        }
+                    }
+                    assert!(segments <= bounds.segments && tiles <= bounds.tiles, "{bounds:?} {spread} {used}");
+                    assert!(chunks.min(bounds.pairs) <= bounds.chunks, "{bounds:?} {spread} {used}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn grids_do_not_depend_on_routing_and_stay_small() {
+        let params = GateUpParams { intermediate_size: 768, ..Default::default() };
+        let bounds = RouteBounds::new(65_536, 8, 128, 64);
+        assert_eq!(params.launch(&bounds, 132).grid, [132 * 64, 1, 1]);
+        assert_eq!(params.launch(&RouteBounds::new(1, 8, 128, 64), 132).grid, [8 * 12, 1, 1]);
+        let align = AlignParams { num_tokens: 131_072, top_k: 8, num_experts: 1024, ..Default::default() };
+        assert!(align.launch(132).cooperative && align.launch(132).grid[0] == 132);
+    }
+
+    /// The numbers above that `cuda/` must agree with.
+    #[test]
+    fn the_sources_have_the_same_constants() {
+        let sources = [
+            include_str!("../cuda/params.cuh"),
+            include_str!("../cuda/route.cu"),
+            include_str!("../cuda/shrink.cu"),
+            include_str!("../cuda/combine.cu"),
+            include_str!("../cuda/schedule/sort.cuh"),
+            include_str!("../cuda/tile/product.cuh"),
+            include_str!("../cuda/epilogue/lora.cuh"),
+        ];
+        for line in [
+            format!("kTileRows = {TILE_ROWS};"),
+            format!("kChunkRows = {CHUNK_ROWS};"),
+            format!("kSortDigit = {SORT_DIGIT};"),
+            format!("kSortWarps = {SORT_WARPS};"),
+            format!("kTopkWarps = {TOPK_WARPS};"),
+            "kShrinkShared = 4 * 32 * 36 * 4;".to_owned(),
+            "kProductShared = 96 * 1024;".to_owned(),
+            "kLoraPartsBytes = kTileRows * sizeof(LoraPart);".to_owned(),
+            "static_assert(sizeof(LoraPart) == 24".to_owned(),
+            "kProductThreads = 256;".to_owned(),
+            "kShrinkWarps = 8;".to_owned(),
+            "kCombineThreads = 128;".to_owned(),
+            "kWeightRows = 128;".to_owned(),
+        ] {
+            assert!(sources.iter().any(|s| s.contains(&line)), "{line}");
+        }
+    }
+
+    #[test]
+    fn shared_memory_fits_every_supported_gpu() {
+        for kernel in crate::Kernel::ALL {
+            assert!(kernel.most_shared_bytes() <= 99 * 1024, "{kernel:?}");
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! The CUDA kernels of moe-lora, as data.
+//!
+//! Every kernel belongs to a [`Family`], whose [`image`](Family::image) is one fatbin; it takes one `#[repr(C)]` struct of
+//! [`params`], whose fields name shapes and formats; [`Launch`] says how many blocks it wants, as a function of the
+//! batch's sizes alone, so that a captured graph stays valid whatever the routing is. Launching is the work of
+//! `moe-lora-cuda`: this crate links nothing of CUDA. An image is empty if the crate was built without nvcc and without
+//! packaged images.
+//!
+//! One layer is, in this order: [`AlignParams`] (after [`TopkParams`], if the experts are chosen here), [`ShrinkParams`] for
+//! gate and up, [`GateUpParams`], [`ShrinkParams`] for down, [`DownParams`], [`CombineParams`].
+//!
+//! # Example
+//!
+//! ```
+//! use moe_lora_kernels::{AlignParams, Format, Kernel, KernelParams};
+//!
+//! let params = AlignParams { num_tokens: 64, top_k: 8, num_experts: 128, num_slots: 16, ..Default::default() };
+//! assert_eq!(AlignParams::kernel(Format::Bf16), Kernel::Align);
+//! assert_eq!(params.launch(132).grid, [1, 1, 1]);
+//! ```
+
+mod launch;
+pub mod params;
+mod records;
+
+pub use launch::{Launch, RouteBounds};
+pub use params::{AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, ShrinkParams, TopkParams};
+pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
+
+/// The number format of activations and weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// bfloat16.
+    Bf16,
+    /// IEEE 754 binary16.
+    F16,
+}
+
+/// Kernels that share a source file and an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Family {
+    /// Top-k choice and align.
+    Route,
+    /// The narrow half of LoRA.
+    Shrink,
+    /// Gate and up projections with LoRA and activation.
+    GateUp,
+    /// Down projection with LoRA.
+    Down,
+    /// Weighted sum over experts.
+    Combine,
+}
+
+impl Family {
+    /// All families, in the order of use.
+    pub const ALL: [Self; 5] = [Self::Route, Self::Shrink, Self::GateUp, Self::Down, Self::Combine];
+
+    /// The source file's stem.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Route => "route",
+            Self::Shrink => "shrink",
+            Self::GateUp => "gate_up",
+            Self::Down => "down",
+            Self::Combine => "combine",
+        }
+    }
+
+    /// The fatbin; empty if there is none in this build.
+    #[must_use]
+    pub const fn image(self) -> &'static [u8] {
+        match self {
+            Self::Route => include_bytes!(concat!(env!("OUT_DIR"), "/route.fatbin")),
+            Self::Shrink => include_bytes!(concat!(env!("OUT_DIR"), "/shrink.fatbin")),
+            Self::GateUp => include_bytes!(concat!(env!("OUT_DIR"), "/gate_up.fatbin")),
+            Self::Down => include_bytes!(concat!(env!("OUT_DIR"), "/down.fatbin")),
+            Self::Combine => include_bytes!(concat!(env!("OUT_DIR"), "/combine.fatbin")),
+        }
+    }
+}
+
+/// Whether this build has images.
+#[must_use]
+pub fn built() -> bool {
+    Family::ALL.iter().all(|family| !family.image().is_empty())
+}
+
+/// How the images were made, one fact a line: hash of the sources, nvcc, architectures, and of every kernel its
+/// registers, shared memory, stack and spills. Empty without images.
+#[must_use]
+pub const fn manifest() -> &'static str {
+    include_str!(concat!(env!("OUT_DIR"), "/manifest.txt"))
+}
+
+/// One entry point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    /// `moe_lora_topk`.
+    Topk,
+    /// `moe_lora_align`.
+    Align,
+    /// `moe_lora_shrink_*`.
+    Shrink(Format),
+    /// `moe_lora_gate_up_*`.
+    GateUp(Format),
+    /// `moe_lora_down_*`.
+    Down(Format),
+    /// `moe_lora_combine_*`.
+    Combine(Format),
+}
+
+impl Kernel {
+    /// All entry points.
+    pub const ALL: [Self; 10] = [
+        Self::Topk,
+        Self::Align,
+        Self::Shrink(Format::Bf16),
+        Self::Shrink(Format::F16),
+        Self::GateUp(Format::Bf16),
+        Self::GateUp(Format::F16),
+        Self::Down(Format::Bf16),
+        Self::Down(Format::F16),
+        Self::Combine(Format::Bf16),
+        Self::Combine(Format::F16),
+    ];
+
+    /// Its place in [`ALL`](Self::ALL).
+    #[must_use]
+    pub const fn index(self) -> usize {
+        const fn second(format: Format) -> usize {
+            matches!(format, Format::F16) as usize
+        }
+        match self {
+            Self::Topk => 0,
+            Self::Align => 1,
+            Self::Shrink(format) => 2 + second(format),
+            Self::GateUp(format) => 4 + second(format),
+            Self::Down(format) => 6 + second(format),
+            Self::Combine(format) => 8 + second(format),
+        }
+    }
+
+    /// The family whose image holds it.
+    #[must_use]
+    pub const fn family(self) -> Family {
+        match self {
+            Self::Topk | Self::Align => Family::Route,
+            Self::Shrink(_) => Family::Shrink,
+            Self::GateUp(_) => Family::GateUp,
+            Self::Down(_) => Family::Down,
+            Self::Combine(_) => Family::Combine,
+        }
+    }
+
+    /// The symbol in the image.
+    #[must_use]
+    pub const fn symbol(self) -> &'static str {
+        match self {
+            Self::Topk => "moe_lora_topk",
+            Self::Align => "moe_lora_align",
+            Self::Shrink(Format::Bf16) => "moe_lora_shrink_bf16",
+            Self::Shrink(Format::F16) => "moe_lora_shrink_f16",
+            Self::GateUp(Format::Bf16) => "moe_lora_gate_up_bf16",
+            Self::GateUp(Format::F16) => "moe_lora_gate_up_f16",
+            Self::Down(Format::Bf16) => "moe_lora_down_bf16",
+            Self::Down(Format::F16) => "moe_lora_down_f16",
+            Self::Combine(Format::Bf16) => "moe_lora_combine_bf16",
+            Self::Combine(Format::F16) => "moe_lora_combine_f16",
+        }
+    }
+
+    /// The most dynamic shared memory that a launch asks for, in bytes.
+    #[must_use]
+    pub const fn most_shared_bytes(self) -> u32 {
+        match self {
+            Self::Topk => launch::topk_shared(launch::MOST_EXPERTS),
+            Self::Align => launch::align_shared(launch::MOST_EXPERTS, u32::MAX),
+            Self::Shrink(_) => launch::SHRINK_SHARED,
+            Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
+            Self::Combine(_) => 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_has_its_place() {
+        for (i, kernel) in Kernel::ALL.into_iter().enumerate() {
+            assert_eq!(kernel.index(), i, "{kernel:?}");
+        }
+    }
+
+    #[test]
+    fn the_manifest_lists_what_the_images_hold() {
+        if !built() {
+            assert!(manifest().is_empty());
+            return;
+        }
+        for kernel in Kernel::ALL {
+            let entry = format!("kernel {} {} ", kernel.family().name(), kernel.symbol());
+            assert!(manifest().contains(&entry), "{entry}");
+        }
+    }
+}
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

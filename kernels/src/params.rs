@@ -1,0 +1,279 @@
+//! The parameter struct of every kernel, as `cuda/params.cuh` declares it.
+//!
+//! Fields of type `u64` are device addresses; shapes and formats are given field by field, "out" marks what a kernel writes.
+//! The kernels check nothing: whoever launches them answers for addresses, sizes and alignment (16 bytes for everything of
+//! the activation's format).
+
+use crate::{Format, Kernel};
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A struct that a kernel takes.
+pub trait KernelParams: Copy + sealed::Sealed {
+    /// The kernel that takes it.
+    fn kernel(format: Format) -> Kernel;
+}
+
+/// Declares a struct, its kernel, and the size and offsets that `params.cuh` asserts for it: fields without padding.
+macro_rules! params {
+    ($(#[$doc:meta])* $name:ident, $size:literal, $kernel:expr, { $($(#[$field_doc:meta])* $field:ident: $type:ty,)* }) => {
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Debug, Clone, Copy, PartialEq, Default)]
+        pub struct $name {
+            $($(#[$field_doc])* pub $field: $type,)*
+        }
+
+        impl sealed::Sealed for $name {}
+
+        impl KernelParams for $name {
+            fn kernel(format: Format) -> Kernel {
+                let kernel: fn(Format) -> Kernel = $kernel;
+                kernel(format)
+            }
+        }
+
+        const _: () = {
+            let mut at = 0;
+            $(
+                assert!(core::mem::offset_of!($name, $field) == at, stringify!($name, $field));
+                at += size_of::<$type>();
+            )*
+            assert!(at == $size && size_of::<$name>() == $size, stringify!($name));
+        };
+    };
+}
+
+params!(
+    /// Logits to expert ids and weights.
+    TopkParams, 72, |_| Kernel::Topk, {
+        /// f32 `[T, E]`.
+        logits: u64,
+        /// f32 `[E]` or 0.
+        selection_bias: u64,
+        /// i32 `[T, k]`, out.
+        topk_ids: u64,
+        /// f32 `[T, k]`, out.
+        topk_weights: u64,
+        /// Tokens, T.
+        num_tokens: u32,
+        /// Experts, E, at most 1024.
+        num_experts: u32,
+        /// Experts a token uses, k.
+        top_k: u32,
+        /// 0: softmax over all experts, 1: sigmoid.
+        sigmoid: u32,
+        /// Divide by the sum of the chosen.
+        renormalize: u32,
+        /// Groups of experts, 0: none.
+        num_groups: u32,
+        /// Groups a token may use.
+        top_groups: u32,
+        /// 0: a group scores by its best expert, 1: by the sum of its best two.
+        group_top_two: u32,
+        /// Added to the sum that renormalisation divides by.
+        renormalize_epsilon: f32,
+        /// Factor of every weight.
+        scaling: f32,
+    }
+);
+
+params!(
+    /// Pairs to rows sorted by (expert, slot), and the lists of work. Needs T > 0.
+    AlignParams, 128, |_| Kernel::Align, {
+        /// i32 `[T, k]`.
+        topk_ids: u64,
+        /// f32 `[T, k]`.
+        topk_weights: u64,
+        /// i32 `[T]` or 0: all base.
+        token_slots: u64,
+        /// u8 `[L]` or 0: all; a slot with 0 has no adapter in this layer and counts as -1.
+        slot_active: u64,
+        /// u32 `[T * k]`, out.
+        row_pair: u64,
+        /// f32 `[T * k]`, out.
+        row_weight: u64,
+        /// i32 `[T * k]`, out.
+        pair_row: u64,
+        /// Segment `[most segments]`, out.
+        segments: u64,
+        /// RowTile `[most tiles]`, out.
+        tiles: u64,
+        /// Segment `[most chunks]`, out: LoRA work.
+        chunks: u64,
+        /// RouteCounts, out.
+        counts: u64,
+        /// u32 `[2, T]`, scratch.
+        order: u64,
+        /// u32 `[grid, max(E + 2, 1024)]`, scratch; only for grid > 1.
+        table: u64,
+        /// u32, zeroed once when allocated; only for grid > 1.
+        barrier: u64,
+        /// Tokens, T.
+        num_tokens: u32,
+        /// Experts a token uses, k.
+        top_k: u32,
+        /// Experts, E, at most 1024.
+        num_experts: u32,
+        /// Adapter slots, L.
+        num_slots: u32,
+    }
+);
+
+params!(
+    /// `s = scale * A x` for every row of every LoRA chunk.
+    ShrinkParams, 80, Kernel::Shrink, {
+        /// `[*, K]`.
+        input: u64,
+        /// u32 `[rows]`: input row = row_pair / top_k; 0: input row = row.
+        row_pair: u64,
+        /// Segment.
+        chunks: u64,
+        /// RouteCounts.
+        counts: u64,
+        /// AdapterEntry `[L, E, 3]`.
+        adapters: u64,
+        /// `[rows, shrunk_stride]` of 4 bytes, out.
+        shrunk: u64,
+        /// Experts a token uses, k.
+        top_k: u32,
+        /// Experts, E.
+        num_experts: u32,
+        /// K.
+        width: u32,
+        /// 0: gate, then up; 2: down.
+        first_projection: u32,
+        /// 2 for gate and up, 1 for down.
+        num_projections: u32,
+        /// Multiple of 8; projection p starts at column p * max_rank.
+        max_rank: u32,
+        /// Numbers from row to row of `shrunk`, a multiple of 8.
+        shrunk_stride: u32,
+        /// Zero.
+        reserved: u32,
+    }
+);
+
+params!(
+    /// `h = act(W_gate x + B S, W_up x + B S)` for every row.
+    GateUpParams, 160, Kernel::GateUp, {
+        /// `[T, H]`.
+        hidden: u64,
+        /// `[E, I, H]` with the strides below.
+        gate: u64,
+        /// Likewise.
+        up: u64,
+        /// f32 `[E, I]` or 0.
+        gate_bias: u64,
+        /// f32 `[E, I]` or 0.
+        up_bias: u64,
+        /// u32 `[rows]`.
+        row_pair: u64,
+        /// f32 `[rows]`; read only if weigh_input.
+        row_weight: u64,
+        /// RowTile.
+        tiles: u64,
+        /// Segment.
+        segments: u64,
+        /// RouteCounts.
+        counts: u64,
+        /// AdapterEntry `[L, E, 3]` or 0: no LoRA; else the launch before must be shrink for gate and up.
+        adapters: u64,
+        /// `[rows, shrunk_stride]` of 4 bytes.
+        shrunk: u64,
+        /// `[rows, I]`, out.
+        intermediate: u64,
+        /// Numbers from expert to expert, of gate and of up.
+        expert_stride: u64,
+        /// Numbers from row to row: H, or 2H where gate and up rows alternate.
+        row_stride: u32,
+        /// Experts a token uses, k.
+        top_k: u32,
+        /// Experts, E.
+        num_experts: u32,
+        /// Width of a token, H.
+        hidden_size: u32,
+        /// Width inside an expert, I.
+        intermediate_size: u32,
+        /// Column of up's part of a shrunk row.
+        max_rank: u32,
+        /// Numbers from row to row of `shrunk`.
+        shrunk_stride: u32,
+        /// 0 SiLU, 1 GELU, 2 GELU in the tanh form, 3 clamped SwiGLU.
+        activation: u32,
+        /// Multiply the products by the routing weight, before the bias.
+        weigh_input: u32,
+        /// Of the clamped SwiGLU.
+        alpha: f32,
+        /// Clamp of the clamped SwiGLU.
+        limit: f32,
+        /// Zero.
+        reserved: u32,
+    }
+);
+
+params!(
+    /// `y = W_down h + B S + bias` for every row.
+    DownParams, 104, Kernel::Down, {
+        /// `[rows, I]`.
+        intermediate: u64,
+        /// `[E, H, I]`.
+        down: u64,
+        /// f32 `[E, H]` or 0.
+        bias: u64,
+        /// RowTile.
+        tiles: u64,
+        /// Segment.
+        segments: u64,
+        /// RouteCounts.
+        counts: u64,
+        /// AdapterEntry `[L, E, 3]` or 0: no LoRA; else the launch before must be shrink for down.
+        adapters: u64,
+        /// `[rows, shrunk_stride]` of 4 bytes.
+        shrunk: u64,
+        /// `[rows, H]`, out; without LoRA the launch before must be gate_up.
+        rows_out: u64,
+        /// Numbers from expert to expert.
+        expert_stride: u64,
+        /// Numbers from row to row.
+        row_stride: u32,
+        /// Experts, E.
+        num_experts: u32,
+        /// Width of a token, H.
+        hidden_size: u32,
+        /// Width inside an expert, I.
+        intermediate_size: u32,
+        /// Numbers from row to row of `shrunk`.
+        shrunk_stride: u32,
+        /// Rows_out is f32 and not the activation's format.
+        rows_f32: u32,
+    }
+);
+
+params!(
+    /// `out = scaling * sum_j w_j y_j`. Needs T > 0.
+    CombineParams, 56, Kernel::Combine, {
+        /// `[rows, H]`.
+        rows_in: u64,
+        /// i32 `[T * k]`.
+        pair_row: u64,
+        /// f32 `[T, k]`, or 0: all 1.
+        topk_weights: u64,
+        /// `[T, H]`.
+        out: u64,
+        /// Tokens, T.
+        num_tokens: u32,
+        /// Experts a token uses, k.
+        top_k: u32,
+        /// Width of a token, H.
+        hidden_size: u32,
+        /// `rows_in` is f32 and not the activation's format.
+        rows_f32: u32,
+        /// `out` is f32 and not the activation's format.
+        out_f32: u32,
+        /// Factor of the output.
+        scaling: f32,
+    }
+);
