@@ -42,7 +42,7 @@ mod sealed {
     impl Sealed for half::bf16 {}
 }
 
-/// A number type that tensors can hold: `f32`, [`f16`] or [`bf16`].
+/// A number type that tensors can hold: `f32`, [`half::f16`] or [`half::bf16`].
 pub trait Element: bytemuck::Pod + Send + Sync + fmt::Debug + PartialEq + sealed::Sealed {
     /// The format's tag.
     const DTYPE: DType;
