@@ -17,3 +17,19 @@ impl Plan {
         Self { kernel: Kernel::best(weights, hidden) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_fastest_kernel_that_fits_the_formats_is_chosen() {
+        let all = [DType::F32, DType::F16, DType::Bf16];
+        for (weights, hidden) in all.into_iter().flat_map(|w| all.map(|h| (w, h))) {
+            let fits = Kernel::available().find(|k| k.supports(weights, hidden));
+            assert_eq!(Some(Plan::choose(weights, hidden).kernel), fits, "{weights} weights, {hidden} hidden states");
+        }
+        // bf16 products would round f32 hidden states.
+        assert_ne!(Plan::choose(DType::Bf16, DType::F32).kernel, Kernel::Avx512Bf16);
+    }
+}
