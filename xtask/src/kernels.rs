@@ -3,8 +3,9 @@
 //! The images land in `target/kernels`, where `MOE_LORA_FATBIN_DIR` may point, or in `kernels/prebuilt`, from where they are
 //! packaged.
 
+/// A link to the kernels crate's file, which its build script uses too: packages hold a copy each.
 #[allow(dead_code, reason = "the build script uses the rest")]
-#[path = "../../kernels/nvcc.rs"]
+#[path = "nvcc.rs"]
 pub(crate) mod nvcc;
 
 use crate::shell::root;
