@@ -45,7 +45,7 @@ pub(crate) struct Forward {
     /// safetensors to write: hidden_states [T,H] f32, topk_ids, topk_weights
     #[arg(long, value_name = "FILE")]
     pub(crate) output: PathBuf,
-    /// auto, cpu or cuda:N
+    /// auto (GPU 0 if it can be used, else the CPU), cpu or cuda:N
     #[arg(long, default_value = "auto")]
     pub(crate) device: DeviceChoice,
     /// Compute in f64, slowly: the truth that everything else is compared with

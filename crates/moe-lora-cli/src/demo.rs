@@ -2,8 +2,8 @@
 
 mod adapters;
 
-use crate::args::{Demo, NamedAdapter};
-use crate::{load, table};
+use crate::args::{Demo, DeviceChoice, NamedAdapter};
+use crate::{devices, load, table};
 use adapters::{DemoAdapter, write_adapter};
 use anyhow::{Context, Result, ensure};
 use half::bf16;
@@ -14,8 +14,8 @@ use moe_lora::reference::metrics::{relative_error, worst_row_error};
 use moe_lora::reference::random::signed;
 use moe_lora::reference::{self, LayerInput};
 use moe_lora::{
-    AdapterPool, AdapterTable, Checkpoint, DType, Device, Element, FusedMoEWithLoRA, InputError, LayerShape,
-    PoolConfig, Routing, TokenAdapters,
+    AdapterPool, AdapterTable, Checkpoint, DType, Element, FusedMoEWithLoRA, InputError, LayerShape, PoolConfig,
+    Routing, TokenAdapters,
 };
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -36,10 +36,10 @@ pub(crate) fn run(args: &Demo) -> Result<()> {
     let folder = Folder::new(args.dir.as_deref())?;
     let (model_dir, named) = write_files(&folder.path)?;
 
-    let device = Device::best();
     let model = Checkpoint::open(&model_dir)?;
     let n = model.first_moe_layer();
     let shape = model.shape();
+    let device = devices::choose(DeviceChoice::Auto, &shape.layer)?;
     println!(
         "model    {} with {} experts, top {}, {} x {}, {} on {device}",
         model.family(),

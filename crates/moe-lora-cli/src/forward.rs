@@ -7,16 +7,17 @@ use anyhow::{Context, Result};
 use moe_lora::adapter::OpenOptions;
 use moe_lora::reference::{self, LayerInput};
 use moe_lora::{
-    AdapterPool, AdapterTable, AdapterWeights, Checkpoint, DType, FusedMoEWithLoRA, InputError, LayerError, ModelShape,
-    PoolConfig, Routing, TokenAdapters, TopK,
+    AdapterPool, AdapterTable, AdapterWeights, Checkpoint, DType, Device, FusedMoEWithLoRA, InputError, LayerError,
+    ModelShape, PoolConfig, Routing, TokenAdapters, TopK,
 };
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 pub(crate) fn run(args: &Forward) -> Result<()> {
-    let device = devices::choose(args.device)?;
     let model = Checkpoint::open(&args.model)?;
     let shape = model.shape();
+    // The reference takes only its routing from the layer below.
+    let device = if args.reference { Device::cpu() } else { devices::choose(args.device, &shape.layer)? };
     let n = args.layer.unwrap_or_else(|| model.first_moe_layer());
     let (weights, router) = (model.layer_weights(n)?, model.router(n)?);
     let sizes = &shape.layer;
@@ -29,9 +30,11 @@ pub(crate) fn run(args: &Forward) -> Result<()> {
         &OpenOptions { expert_layout: args.expert_layout, ..Default::default() },
     )?;
 
-    // The reference takes only its routing from this layer, whose pool stays empty then.
     let pool = AdapterPool::new(&device, shape, PoolConfig { bytes: usize::MAX, ..Default::default() })?;
     let layer = FusedMoEWithLoRA::new(n, weights, &device, &pool)?.with_router(router)?;
+    if device != Device::cpu() && shape.dtype == DType::F32 {
+        eprintln!("note: {device} computes this f32 checkpoint in bf16; the router stays f32");
+    }
     let topk = route(&layer, &input)?;
     let (out, took) = if args.reference {
         reference(&layer, n, &input, &topk, &adapters)?

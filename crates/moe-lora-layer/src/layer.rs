@@ -1,12 +1,13 @@
 //! The layer.
 
 use crate::LayerError;
+use crate::stages::{Stages, lock};
 use moe_lora_core::{
     Element, InputError, LayerShape, LayerWeights, RouterConfig, RouterWeights, Routing, TokenAdapters, TopK,
 };
 use moe_lora_pool::AdapterPool;
-use moe_lora_runner::{Backend, Batch, Device, Limits, MoeRunner};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use moe_lora_runner::{Batch, Device, Limits};
+use std::sync::Mutex;
 
 /// One MoE layer whose tokens each name their own adapter, or none.
 #[derive(Debug)]
@@ -16,14 +17,9 @@ pub struct FusedMoEWithLoRA {
     router: Option<RouterWeights>,
     router_config: RouterConfig,
     pool: AdapterPool,
-    state: Arc<Mutex<State>>,
-}
-
-/// What forwards share from call to call; layers of one shape can share it too.
-#[derive(Debug)]
-struct State {
-    runner: MoeRunner,
-    topk: TopK,
+    /// Kept from call to call for its memory.
+    topk: Mutex<TopK>,
+    stages: Stages,
 }
 
 impl FusedMoEWithLoRA {
@@ -32,7 +28,8 @@ impl FusedMoEWithLoRA {
     /// [router](Self::with_router) says otherwise.
     ///
     /// # Errors
-    /// If the pool serves a model of another shape or has no such layer.
+    /// If the pool serves a model of another shape, has no such layer or is not in the device's memory; on a GPU also if its
+    /// kernels cannot run the layer or its memory does not suffice.
     pub fn new(index: usize, weights: LayerWeights, device: &Device, pool: &AdapterPool) -> Result<Self, LayerError> {
         Self::with_limits(index, weights, device, pool, Limits::default())
     }
@@ -56,13 +53,13 @@ impl FusedMoEWithLoRA {
             )
             .into());
         }
-        let runner = match device.backend() {
-            Backend::Cpu => MoeRunner::new(weights.shape(), limits)?,
-            other => return Err(InputError::new(format!("{other:?}"), "a device of this build").into()),
-        };
+        if pool.memory() != device.memory() {
+            return Err(InputError::new(format!("a pool on {}", pool.memory()), format!("one on {device}")).into());
+        }
+        let stages = Stages::new(device, &weights, model.dtype, limits)?;
         let router_config = RouterConfig::softmax(weights.shape().top_k);
-        let state = Arc::new(Mutex::new(State { runner, topk: TopK::default() }));
-        Ok(Self { index, weights, router: None, router_config, pool: pool.clone(), state })
+        let topk = Mutex::default();
+        Ok(Self { index, weights, router: None, router_config, pool: pool.clone(), topk, stages })
     }
 
     /// Uses the checkpoint's own router for [`Routing::Router`], and its settings for [`Routing::Logits`].
@@ -79,12 +76,12 @@ impl FusedMoEWithLoRA {
     /// Shares the workspace of another layer of the same shape; their forwards then take turns.
     ///
     /// # Errors
-    /// If the shapes differ.
+    /// If the shapes or devices differ.
     pub fn sharing_workspace_with(mut self, other: &Self) -> Result<Self, LayerError> {
         if self.shape() != other.shape() {
             return Err(InputError::new(format!("{:?}", other.shape()), format!("{:?}", self.shape())).into());
         }
-        self.state = Arc::clone(&other.state);
+        self.stages.share(&other.stages)?;
         Ok(self)
     }
 
@@ -103,7 +100,7 @@ impl FusedMoEWithLoRA {
     /// Bytes of the workspace.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        self.lock().runner.workspace_bytes()
+        self.stages.workspace_bytes()
     }
 
     /// The experts of every token: what [`forward`](Self::forward) would use.
@@ -116,8 +113,8 @@ impl FusedMoEWithLoRA {
         Ok(topk)
     }
 
-    /// `out [T, H]` of `hidden [T, H]`, every token with its own adapter. Formats may differ: f32 hidden states stay f32
-    /// whatever the weights are.
+    /// `out [T, H]` of `hidden [T, H]`, every token with its own adapter. Formats may differ: on the CPU f32 hidden states
+    /// stay f32 whatever the weights are, a GPU rounds them to the weights' format.
     ///
     /// # Errors
     /// If lengths do not fit, or an adapter was unloaded or evicted; nothing else in the batch is to blame then, and `out`
@@ -130,18 +127,16 @@ impl FusedMoEWithLoRA {
         out: &mut [Y],
     ) -> Result<(), LayerError> {
         let lease = self.pool.lease(tokens)?;
-        let state = &mut *self.lock();
+        let scratch = &mut *lock(&self.topk);
         let (topk_ids, topk_weights) = match routing {
             Routing::Selected { topk_ids, topk_weights } => (topk_ids, topk_weights),
             _ => {
-                self.route_into(hidden, routing, &mut state.topk)?;
-                (&state.topk.topk_ids[..], &state.topk.topk_weights[..])
+                self.route_into(hidden, routing, scratch)?;
+                (&scratch.topk_ids[..], &scratch.topk_weights[..])
             }
         };
-        let adapters = &lease.table(self.index);
-        let batch = Batch { hidden, topk_ids, topk_weights, token_slots: tokens.slots(), adapters };
-        state.runner.forward(&self.weights, &batch, out)?;
-        Ok(())
+        let batch = Batch { hidden, topk_ids, topk_weights, token_slots: tokens.slots(), adapters: () };
+        self.stages.forward(&self.weights, batch, (&lease, self.index), out)
     }
 
     fn route_into<X: Element>(&self, hidden: &[X], routing: Routing<'_>, out: &mut TopK) -> Result<(), LayerError> {
@@ -163,10 +158,5 @@ impl FusedMoEWithLoRA {
             }
         }
         Ok(())
-    }
-
-    /// A panic in another thread's forward leaves a workspace that the next forward overwrites anyway.
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

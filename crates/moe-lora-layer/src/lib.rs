@@ -25,6 +25,7 @@
 
 mod error;
 mod layer;
+mod stages;
 
 pub use error::LayerError;
 pub use layer::FusedMoEWithLoRA;

@@ -25,7 +25,7 @@ impl Server {
         let shape = LayerShape::new(6, 2, 40, 24).unwrap();
         let case = CaseSpec { adapters: vec![AdapterSpec::rank(8); 6], ..CaseSpec::new(shape, 12) }.build(1);
         let model = ModelShape { moe_layers: vec![2, 4], ..ModelShape::uniform(shape, 1, DType::F32) };
-        let device = Device::best();
+        let device = Device::cpu();
         let bytes = room * 3 * shape.num_experts * 8 * (40 + 24) * 4;
         let pool = AdapterPool::new(&device, &model, PoolConfig { bytes, ..Default::default() }).unwrap();
         let layer = FusedMoEWithLoRA::new(4, case.weights.clone(), &device, &pool).unwrap();
@@ -154,7 +154,7 @@ fn logits_and_the_own_router_lead_to_the_same_output() {
 #[test]
 fn what_does_not_fit_is_refused() {
     let server = Server::new(3);
-    let device = Device::best();
+    let device = Device::cpu();
     let layer = |n, weights| FusedMoEWithLoRA::new(n, weights, &device, &server.pool);
     assert!(layer(3, server.case.weights.clone()).unwrap_err().to_string().contains("layer 3"));
     let other = CaseSpec::new(LayerShape::new(6, 2, 40, 25).unwrap(), 1).build(0).weights;
@@ -174,7 +174,7 @@ fn what_does_not_fit_is_refused() {
 fn layers_can_share_one_workspace_across_threads() {
     let server = Server::new(3);
     let id = server.load(1);
-    let device = Device::best();
+    let device = Device::cpu();
     let twin = FusedMoEWithLoRA::new(2, server.case.weights.clone(), &device, &server.pool).unwrap();
     let twin = twin.sharing_workspace_with(&server.layer).unwrap();
     let (base, mixed) = (server.truth(&[-1; 12]), server.truth(&[1; 12]));

@@ -5,8 +5,13 @@ use moe_lora_core::{AdapterWeights, DType, Element, InputError, Lora, Matrix, Mo
 use std::collections::HashSet;
 
 /// Checks layers, experts, shapes, ranks and numbers against the model that the pool serves. `weights` may have been made
-/// for another one.
-pub(crate) fn check(weights: &AdapterWeights, shape: &ModelShape, config: &PoolConfig) -> Result<(), InputError> {
+/// for another one. `dtype` is the format that they will be stored in.
+pub(crate) fn check(
+    weights: &AdapterWeights,
+    shape: &ModelShape,
+    dtype: DType,
+    config: &PoolConfig,
+) -> Result<(), InputError> {
     let mut seen = HashSet::new();
     for (&n, layer) in weights.layers() {
         if shape.moe_layers.binary_search(&n).is_err() {
@@ -24,7 +29,7 @@ pub(crate) fn check(weights: &AdapterWeights, shape: &ModelShape, config: &PoolC
                 sizes(lora, projection, shape, config).map_err(|error| error.in_tensor(place()))?;
                 for (side, matrix) in [("A", lora.a()), ("B", lora.b())] {
                     if seen.insert(matrix.storage_key()) {
-                        numbers(matrix, shape.dtype).map_err(|error| error.in_tensor(format!("{} {side}", place())))?;
+                        numbers(matrix, dtype).map_err(|error| error.in_tensor(format!("{} {side}", place())))?;
                     }
                 }
             }

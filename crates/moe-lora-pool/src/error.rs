@@ -60,8 +60,12 @@ pub enum PoolError {
         /// [`PoolConfig::max_adapters`](crate::PoolConfig::max_adapters).
         max_adapters: usize,
     },
-    /// The system has not the memory that the budget allows. Adapters that were evicted for it stay evicted.
-    #[error("the system refuses {bytes} bytes of memory")]
+    /// The GPU failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Gpu(moe_lora_cuda::GpuError),
+    /// The system or the GPU has not the memory that the budget allows. Adapters that were evicted for it stay evicted.
+    #[error("the system or the GPU refuses {bytes} bytes of memory")]
     OutOfMemory {
         /// Bytes asked for.
         bytes: usize,

@@ -1,9 +1,14 @@
 //! What a batch holds while it runs.
 
-use crate::memory::Block;
+use crate::PoolError;
+#[cfg(feature = "cuda")]
+use crate::cuda::DeviceTable;
+use crate::memory::{Block, Memory};
 use crate::policy::Hold;
 use crate::shared::Shared;
 use moe_lora_core::AdapterTable;
+#[cfg(feature = "cuda")]
+use moe_lora_core::InputError;
 use std::fmt;
 use std::sync::Arc;
 
@@ -23,16 +28,54 @@ impl Lease {
 
     /// Where the decoder layer `layer` (absolute index) finds the batch's adapters, by slot. Slots that the batch does not
     /// use are empty; so is every slot in a layer that no adapter changes.
-    #[must_use]
-    pub fn table(&self, layer: usize) -> AdapterTable<'_> {
+    ///
+    /// # Errors
+    /// [`PoolError::Input`] if the pool is in GPU memory, which a CPU cannot read.
+    pub fn table(&self, layer: usize) -> Result<AdapterTable<'_>, PoolError> {
+        match self.shared.memory {
+            Memory::Host(_) => Ok(AdapterTable::new(self.by_slot(|block| match block {
+                Block::Host(weights) => weights.layers().get(&layer),
+                #[cfg(feature = "cuda")]
+                Block::Cuda(_) => None,
+            }))),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(_) => Err(self.elsewhere("a pool in the host's memory")),
+        }
+    }
+
+    /// [`table`](Self::table) for the kernels of the GPU that holds the pool.
+    ///
+    /// # Errors
+    /// [`PoolError::Input`] if the pool is in the host's memory.
+    #[cfg(feature = "cuda")]
+    pub fn device_table(&self, layer: usize) -> Result<DeviceTable<'_>, PoolError> {
+        let Memory::Cuda(memory) = &self.shared.memory else { return Err(self.elsewhere("a pool in GPU memory")) };
+        Ok(DeviceTable {
+            ordinal: memory.gpu().info().ordinal,
+            dtype: self.shared.memory.dtype(&self.shared.shape),
+            shape: &self.shared.shape.layer,
+            slots: self.by_slot(|block| match block {
+                Block::Cuda(block) => block.layers.get(&layer),
+                Block::Host(_) => None,
+            }),
+        })
+    }
+
+    /// One entry a slot, up to the last one of the batch.
+    fn by_slot<'a, T: Copy>(&'a self, part: impl Fn(&'a Block) -> Option<T>) -> Vec<Option<T>> {
         let len = self.held.iter().map(|(hold, _)| hold.slot as usize + 1).max().unwrap_or(0);
         let mut slots = vec![None; len];
         for (hold, block) in &self.held {
             if let Some(slot) = slots.get_mut(hold.slot as usize) {
-                *slot = block.host().layers().get(&layer);
+                *slot = part(block);
             }
         }
-        AdapterTable::new(slots)
+        slots
+    }
+
+    #[cfg(feature = "cuda")]
+    fn elsewhere(&self, expected: &str) -> PoolError {
+        InputError::new(format!("a pool on {}", self.shared.memory), expected).into()
     }
 }
 

@@ -7,7 +7,8 @@
 //! pinned or leased. A call that fails leaves the pool as it was.
 //!
 //! What stays and what goes is decided in one pure place that knows bytes, slots, uses, pins and leases; the [`Memory`]
-//! below it only stores and frees. Today the memory is the host's ([`HostMemory`]).
+//! below it only stores and frees. The memory is the host's ([`HostMemory`]) or, with the feature `cuda`, a GPU's
+//! (`CudaMemory`).
 //!
 //! # Example
 //!
@@ -28,7 +29,7 @@
 //! assert_eq!(pool.snapshot().used_bytes, 2 * (4 + 8), "rank 1, bf16");
 //!
 //! let lease = pool.lease(&TokenAdapters::from_ids(&[None, Some(math)]))?;
-//! let table = lease.table(0);
+//! let table = lease.table(0)?;
 //! assert!(table.get(math.slot as i32, 1, Projection::Down).is_some());
 //! assert!(table.get(math.slot as i32, 0, Projection::Down).is_none(), "absent is no change");
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -37,6 +38,8 @@
 
 mod check;
 mod config;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod host;
 mod lease;
@@ -47,6 +50,8 @@ mod shared;
 mod snapshot;
 
 pub use config::PoolConfig;
+#[cfg(feature = "cuda")]
+pub use cuda::{CudaMemory, DeviceLayer, DeviceTable};
 pub use error::PoolError;
 pub use host::HostMemory;
 pub use lease::Lease;

@@ -18,10 +18,13 @@ impl AdapterPool {
     /// An empty pool for the adapters of a model.
     ///
     /// # Errors
-    /// [`PoolError::Input`] if a limit is zero or there are more adapters than slot numbers.
+    /// [`PoolError::Input`] if a limit is zero, there are more adapters than slot numbers, or the memory is that of a GPU
+    /// whose kernels cannot run the model's layers.
     pub fn new(memory: impl Into<Memory>, shape: &ModelShape, config: PoolConfig) -> Result<Self, PoolError> {
         config.check()?;
-        Ok(Self { shared: Arc::new(Shared::new(memory.into(), shape.clone(), config)) })
+        let memory = memory.into();
+        memory.check(shape)?;
+        Ok(Self { shared: Arc::new(Shared::new(memory, shape.clone(), config)) })
     }
 
     /// Adds an adapter: converts it to the model's format and packs it, evicting the least recently used adapters that are
@@ -167,10 +170,16 @@ impl AdapterPool {
         &self.shared.shape
     }
 
+    /// Where the adapters lie.
+    #[must_use]
+    pub fn memory(&self) -> &Memory {
+        &self.shared.memory
+    }
+
     /// Everything that needs no lock. Returns the bytes to charge.
     fn check(&self, name: &str, weights: &AdapterWeights) -> Result<usize, InputError> {
         let Shared { memory, shape, config, .. } = &*self.shared;
-        check(weights, shape, config).map_err(|mut error| {
+        check(weights, shape, memory.dtype(shape), config).map_err(|mut error| {
             error.tensor = Some(format!("adapter {name:?} {}", error.tensor.unwrap_or_default()).trim_end().into());
             error
         })?;

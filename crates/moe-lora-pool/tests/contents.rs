@@ -50,7 +50,7 @@ fn spec_4_1_mixed_ranks_cost_their_own_bytes_and_show_no_row_of_a_former_tenant(
         let lease = lease(&pool, &[id, other, id]);
         assert_shows(&lease, id, &small.weights, dtype);
         assert_shows(&lease, other, &large.weights, dtype);
-        assert_eq!(lease.table(1).max_rank(), 5);
+        assert_eq!(lease.table(1).unwrap().max_rank(), 5);
     }
 }
 
@@ -62,14 +62,14 @@ fn spec_4_2_and_4_3_what_an_adapter_lacks_is_absent_whoever_had_the_slot_before(
     let id = pool.load("one-sided", one_sided.clone()).unwrap(); // takes the only slot
     let lease = lease(&pool, &[id]);
     assert_shows(&lease, id, &one_sided, DType::Bf16);
-    let (table, slot) = (lease.table(1), id.slot as i32);
+    let (table, slot) = (lease.table(1).unwrap(), id.slot as i32);
     for expert in 0..3 {
         for projection in Projection::ALL {
             let there = (expert, projection) == (1, Projection::Down);
             assert_eq!(table.get(slot, expert, projection).is_some(), there, "expert {expert} {projection}");
         }
     }
-    assert!(lease.table(3).layer(slot).is_none() && lease.table(0).layer(slot).is_none());
+    assert!(lease.table(3).unwrap().layer(slot).is_none() && lease.table(0).unwrap().layer(slot).is_none());
 }
 
 #[test]
@@ -89,7 +89,7 @@ fn shared_matrices_are_stored_once_and_stay_shared() {
         assert_eq!(pool.snapshot().used_bytes, 4 * (2 * HIDDEN + 9 * INTERMEDIATE) * dtype.size());
         let lease = lease(&pool, &[id]);
         assert_shows(&lease, id, &weights, dtype);
-        let layer = lease.table(1).layer(id.slot as i32).unwrap();
+        let layer = lease.table(1).unwrap().layer(id.slot as i32).unwrap();
         assert!(Projection::ALL.into_iter().all(|p| layer.shares_outer(p)) && layer.experts()[2].shares_gate_up_a());
     }
 }
@@ -109,7 +109,7 @@ fn an_adapter_is_one_aligned_allocation_without_gaps() {
             let pool = pool(dtype, 1 << 20, 1);
             let id = pool.load("x", adapter(seed).weights).unwrap();
             let lease = lease(&pool, &[id]);
-            let tables = [1, 3].map(|n| lease.table(n));
+            let tables = [1, 3].map(|n| lease.table(n).unwrap());
             let layers = tables.iter().filter_map(|t| t.layer(id.slot as i32));
             let mut places: Vec<_> = layers.flat_map(|l| l.matrices()).map(|m| (address(m), m.size_bytes())).collect();
             places.sort_unstable();
@@ -128,7 +128,7 @@ fn f32_weights_are_rounded_to_nearest_even_in_a_bf16_pool() {
     let pool = pool(DType::Bf16, 1 << 20, 1);
     let id = pool.load("ties", down_only(a)).unwrap();
     let lease = lease(&pool, &[id]);
-    let table = lease.table(1);
+    let table = lease.table(1).unwrap();
     let got = table.get(id.slot as i32, 1, Projection::Down).unwrap().a();
     assert_eq!(got.view::<bf16>().unwrap().row(0), want.map(bf16::from_bits));
 }
@@ -144,7 +144,7 @@ fn weights_of_the_model_format_are_kept_bit_for_bit() {
         let pool = pool(dtype, 1 << 20, 1);
         let id = pool.load("x", layer_1(experts)).unwrap();
         let lease = lease(&pool, &[id]);
-        let table = lease.table(1);
+        let table = lease.table(1).unwrap();
         let got = table.get(id.slot as i32, 0, Projection::Gate).unwrap();
         assert_eq!((bits(got.a(), dtype), bits(got.b(), dtype), got.scale()), (a, b, -2.5));
     }
@@ -312,8 +312,8 @@ fn a_batch_of_the_base_model_and_an_adapter_that_changes_nothing_cost_nothing() 
     let nothing = AdapterWeights::new(&shape(DType::F32), Default::default()).unwrap();
     let id = pool.load("nothing", nothing).unwrap();
     assert_eq!(pool.snapshot().used_bytes, 0);
-    assert!(lease(&pool, &[id]).table(1).layer(id.slot as i32).is_none());
-    assert!(pool.lease(&TokenAdapters::base(100)).unwrap().table(1).is_empty());
+    assert!(lease(&pool, &[id]).table(1).unwrap().layer(id.slot as i32).is_none());
+    assert!(pool.lease(&TokenAdapters::base(100)).unwrap().table(1).unwrap().is_empty());
     fn handle<T: Clone + Send + Sync>(_: &T) {}
     fn shared<T: Send + Sync>(_: &T) {}
     handle(&pool);

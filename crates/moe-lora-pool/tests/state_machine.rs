@@ -292,7 +292,8 @@ impl Model {
                 assert_shows(lease, entry.id, &entry.made.weights, self.dtype);
             }
             let slots = held.iter().map(|e| e.id.slot);
-            let in_use = (0..lease.table(1).len() as u32).filter(|&s| lease.table(1).layer(s as i32).is_some());
+            let in_use = (0..lease.table(1).unwrap().len() as u32)
+                .filter(|&s| lease.table(1).unwrap().layer(s as i32).is_some());
             assert_eq!(in_use.collect::<Vec<_>>(), slots.collect::<Vec<_>>(), "nobody else's slots");
         }
     }

@@ -16,7 +16,7 @@ const STEP: u32 = 100;
 
 /// The seed of the adapter under `id`: any projection of layer 1 knows it.
 fn seed(lease: &Lease, id: AdapterId) -> Option<u32> {
-    let table = lease.table(1);
+    let table = lease.table(1).unwrap();
     let places = (0..3).flat_map(|e| Projection::ALL.map(|p| (e, p)));
     places.filter_map(|(e, p)| table.get(id.slot as i32, e, p)).map(|lora| lora.scale() as u32).next()
 }

@@ -17,6 +17,10 @@ pub enum RunnerError {
     /// A stage failed.
     #[error(transparent)]
     Gemm(#[from] GemmError),
+    /// The GPU failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Gpu(#[from] moe_lora_cuda::GpuError),
 }
 
 impl RunnerError {
@@ -26,7 +30,7 @@ impl RunnerError {
         match self {
             Self::Input(e) => Some(e),
             Self::Route(RouteError::Input(e)) | Self::Gemm(GemmError::Input(e)) => Some(e),
-            Self::Route(_) | Self::Gemm(_) => None,
+            _ => None,
         }
     }
 }

@@ -6,6 +6,7 @@
 //!
 //! The runner owns what the stages need between them, sized once; it knows neither routers nor pools nor files. LoRA is an
 //! input of the stages and no second pipeline: a batch without adapters runs the same code with nothing to add.
+//! [`MoeRunner`] runs on the processor; `CudaRunner` (feature `cuda`) is the same on an NVIDIA GPU.
 //!
 //! # Example
 //!
@@ -28,18 +29,24 @@
 //! runner.forward(&case.weights, &batch, &mut out)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+mod batch;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 mod error;
 mod plan;
 mod runner;
 
+pub use batch::{Batch, Limits};
+#[cfg(feature = "cuda")]
+pub use cuda::{CudaRunner, CudaWeights};
 pub use device::{Backend, Device};
 pub use error::RunnerError;
 pub use moe_lora_gemm::cpu::Kernel;
 pub use plan::Plan;
-pub use runner::{Batch, Limits, MoeRunner};
+pub use runner::MoeRunner;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

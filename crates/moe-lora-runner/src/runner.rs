@@ -1,43 +1,11 @@
-//! The stages in order, over one workspace.
+//! The stages in order, over one workspace, on the processor.
 
-use crate::{Plan, RunnerError};
-use moe_lora_core::{AdapterTable, Element, InputError, LayerShape, LayerWeights, RowMap};
+use crate::{Batch, Limits, Plan, RunnerError};
+use moe_lora_core::{Element, InputError, LayerShape, LayerWeights, RowMap};
 use moe_lora_gemm::cpu::{self, LayerArgs, Workspace};
 use moe_lora_route::Aligner;
 
-/// What the workspace is sized for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Tokens that run at once; larger batches run in pieces, with the same bits.
-    pub max_tokens: usize,
-    /// Largest rank of any adapter.
-    pub max_rank: usize,
-}
-
-impl Default for Limits {
-    /// 256 tokens: enough rows an expert to be bound by arithmetic in all models of the field. Rank 512, the largest that
-    /// peers accept.
-    fn default() -> Self {
-        Self { max_tokens: 256, max_rank: 512 }
-    }
-}
-
-/// One batch: hidden states, the experts and the adapter of every token.
-#[derive(Debug, Clone, Copy)]
-pub struct Batch<'a, X> {
-    /// `[T, H]`.
-    pub hidden: &'a [X],
-    /// `[T, k]`; -1 is skipped.
-    pub topk_ids: &'a [i32],
-    /// `[T, k]`.
-    pub topk_weights: &'a [f32],
-    /// Adapter slot of every token, -1 for the base model, `[T]`.
-    pub token_slots: &'a [i32],
-    /// The slots' adapters in this layer.
-    pub adapters: &'a AdapterTable<'a>,
-}
-
-/// Runs layers of one shape.
+/// Runs layers of one shape on the processor.
 #[derive(Debug)]
 pub struct MoeRunner {
     shape: LayerShape,
@@ -54,9 +22,7 @@ impl MoeRunner {
     /// # Errors
     /// If a limit is zero or the workspace cannot be counted in memory.
     pub fn new(shape: &LayerShape, limits: Limits) -> Result<Self, RunnerError> {
-        if limits.max_tokens == 0 || limits.max_rank == 0 {
-            return Err(InputError::new(format!("{limits:?}"), "limits of at least 1").into());
-        }
+        limits.check()?;
         Ok(Self {
             shape: *shape,
             limits,
@@ -104,7 +70,8 @@ impl MoeRunner {
         batch: &Batch<'_, X>,
         out: &mut [Y],
     ) -> Result<(), RunnerError> {
-        self.validate(weights, batch, out.len())?;
+        batch.check(&self.shape, weights.shape(), out.len())?;
+        self.limits.check_rank(batch.adapters.max_rank())?;
         let kernel = self.kernel.unwrap_or_else(|| Plan::choose(weights.dtype(), X::DTYPE).kernel);
         let (width, top_k) = (self.shape.hidden_size, self.shape.top_k);
         let piece = self.limits.max_tokens;
@@ -118,30 +85,6 @@ impl MoeRunner {
             cpu::gate_up(&args, kernel, &mut self.workspace)?;
             cpu::down(&args, kernel, &mut self.workspace)?;
             cpu::combine(&args, &mut self.workspace, out)?;
-        }
-        Ok(())
-    }
-
-    fn validate<X>(&self, weights: &LayerWeights, batch: &Batch<'_, X>, out: usize) -> Result<(), InputError> {
-        if *weights.shape() != self.shape {
-            return Err(InputError::new(format!("{:?}", weights.shape()), format!("{:?}", self.shape))
-                .in_tensor("layer weights"));
-        }
-        let tokens = batch.token_slots.len();
-        for (name, found, width) in [
-            ("hidden", batch.hidden.len(), self.shape.hidden_size),
-            ("topk_ids", batch.topk_ids.len(), self.shape.top_k),
-            ("topk_weights", batch.topk_weights.len(), self.shape.top_k),
-            ("out", out, self.shape.hidden_size),
-        ] {
-            if found != tokens * width {
-                return Err(InputError::new(format!("{found} values"), format!("[{tokens}, {width}]")).in_tensor(name));
-            }
-        }
-        let rank = batch.adapters.max_rank();
-        if rank > self.limits.max_rank {
-            return Err(InputError::new(format!("rank {rank}"), format!("at most {}", self.limits.max_rank))
-                .in_tensor("adapters"));
         }
         Ok(())
     }

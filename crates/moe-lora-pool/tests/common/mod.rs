@@ -134,7 +134,7 @@ pub(crate) fn bits(matrix: &Matrix, dtype: DType) -> Vec<u32> {
 /// Asserts that the lease shows exactly `want` under `id`: same projections, scales, sharing and bits, in `dtype`.
 pub(crate) fn assert_shows(lease: &Lease, id: AdapterId, want: &AdapterWeights, dtype: DType) {
     for n in 0..5 {
-        let table = lease.table(n);
+        let table = lease.table(n).unwrap();
         let (got, want) = (table.layer(id.slot as i32), want.layers().get(&n));
         assert_eq!(got.is_some(), want.is_some(), "layer {n}");
         let (Some(got), Some(want)) = (got, want) else { continue };
