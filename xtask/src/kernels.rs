@@ -21,8 +21,17 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
         ["--prebuilt"] => root().join("kernels/prebuilt"),
         other => bail!("unknown arguments of kernels: {}", other.join(" ")),
     };
+    build_into(&out)?;
+    Ok(())
+}
+
+/// Builds all images and their manifest into a folder, and prints what every kernel needs.
+pub(crate) fn build_into(out: &Path) -> Result<Build> {
     let start = Instant::now();
-    let build = build_into(&out)?;
+    let compiler = nvcc::find(&root()).context("no nvcc: install one with `cargo xtask toolkit`, or set NVCC")?;
+    fs::create_dir_all(out).with_context(|| out.display().to_string())?;
+    let build = nvcc::build(&compiler, &root().join("kernels/cuda"), out).map_err(|e| anyhow!(e))?;
+    fs::write(out.join("manifest.txt"), build.manifest())?;
     println!("{:<24} {:>7} {:>9} {:>8} {:>6} {:>7}", "kernel", "arch", "registers", "shared", "stack", "spills");
     for k in &build.kernels {
         println!("{:<24} {:>7} {:>9} {:>8} {:>6} {:>7}", k.name, k.arch, k.registers, k.shared, k.stack, k.spills);
@@ -32,14 +41,5 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
         bytes += fs::metadata(out.join(format!("{family}.fatbin")))?.len();
     }
     println!("{}: {bytes} bytes of images in {:.0} s", out.display(), start.elapsed().as_secs_f64());
-    Ok(())
-}
-
-/// Builds all images and their manifest into a folder.
-pub(crate) fn build_into(out: &Path) -> Result<Build> {
-    let compiler = nvcc::find(&root()).context("no nvcc: install one with `cargo xtask toolkit`, or set NVCC")?;
-    fs::create_dir_all(out).with_context(|| out.display().to_string())?;
-    let build = nvcc::build(&compiler, &root().join("kernels/cuda"), out).map_err(|e| anyhow!(e))?;
-    fs::write(out.join("manifest.txt"), build.manifest())?;
     Ok(build)
 }
