@@ -87,8 +87,10 @@ struct AlignParams {
     uint32_t top_k;
     uint32_t num_experts;
     uint32_t num_slots;
+    uint32_t tile_rows;  // 0: tiles of kTileRows rows; else an expert's rows in equal tiles of at most this many, a multiple of 16
+    uint32_t reserved;
 };
-static_assert(sizeof(AlignParams) == 128, "AlignParams");
+static_assert(sizeof(AlignParams) == 136, "AlignParams");
 
 // s = scale * A x for every row of every LoRA chunk. A value of `shrunk` is two numbers of the activation's format whose sum
 // it is; of four neighbouring ranks the four first numbers come first, then the four second ones.
@@ -161,6 +163,26 @@ struct DownParams {
     uint32_t rows_f32;  // rows_out is f32 and not the activation's format
 };
 static_assert(sizeof(DownParams) == 104, "DownParams");
+
+// A tensor map that the driver encoded: the weights' place, strides and box.
+struct alignas(64) TensorMap {
+    uint64_t words[16];
+};
+static_assert(sizeof(TensorMap) == 128, "TensorMap");
+
+// The same for experts with many rows (sm_90a). `weights`: boxes {64 k, 8 rows, gate and up, 8 groups of 8 rows, expert}.
+struct PrefillGateUpParams {
+    TensorMap weights;
+    GateUpParams gate_up;
+};
+static_assert(sizeof(PrefillGateUpParams) == 320, "PrefillGateUpParams");
+
+// `weights`: boxes {64 k, 128 rows, expert}.
+struct PrefillDownParams {
+    TensorMap weights;
+    DownParams down;
+};
+static_assert(sizeof(PrefillDownParams) == 256, "PrefillDownParams");
 
 // out = scaling * sum_j w_j y_j.
 struct CombineParams {

@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(kSortThreads) moe_lora_align(const 
         counts->reserved[0] = counts->reserved[1] = 0;
     }
     build_lists(
-        num_rows, bad_slots, align_shared,
+        num_rows, p.tile_rows, bad_slots, align_shared,
         [&](uint32_t row) {
             const uint32_t pair = __ldcg(row_pair + row);
             return RowKey{static_cast<uint32_t>(ids[pair]), slots == nullptr ? -1 : slot_of(pair / p.top_k)};

@@ -14,6 +14,13 @@ struct RowKey {
     int32_t slot;
 };
 
+// Rows of a tile of an expert with `rows` rows.
+__device__ __forceinline__ uint32_t rows_of_tile(uint32_t rows, uint32_t most) {
+    if (most == 0) return kTileRows;
+    const uint32_t tiles = (rows + most - 1) / most;
+    return ((rows + tiles - 1) / tiles + 15) / 16 * 16;
+}
+
 struct Openings {
     bool segment, tile, chunk;
 };
@@ -21,12 +28,15 @@ struct Openings {
 // expert_starts: shared [E + 1], first row of every expert and the number of rows. table: global [grid, 4].
 // bad_slots: what this warp found, the same number in all lanes.
 template <class KeyOfRow>
-__device__ void build_lists(uint32_t num_rows, uint32_t bad_slots, const uint32_t* expert_starts, KeyOfRow key_of_row, uint32_t* table,
+__device__ void build_lists(uint32_t num_rows, uint32_t most_tile_rows, uint32_t bad_slots, const uint32_t* expert_starts, KeyOfRow key_of_row, uint32_t* table,
                             uint32_t* barrier, Segment* segments, RowTile* tiles, Segment* chunks,
                             RouteCounts* counts) {
     __shared__ uint32_t warp_counts[4][kSortWarps];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const WarpRange range(num_rows);
+    const auto tile_rows = [&](uint32_t expert) {
+        return rows_of_tile(expert_starts[expert + 1] - expert_starts[expert], most_tile_rows);
+    };
 
     // visit(row, key, slot before, openings) for every row of the warp, all lanes together; row >= end: no row.
     const auto for_rows = [&](auto visit) {
@@ -41,7 +51,7 @@ __device__ void build_lists(uint32_t num_rows, uint32_t bad_slots, const uint32_
             const uint32_t within = valid ? row - expert_starts[key.expert] : 1;
             Openings opens;
             opens.segment = valid && (key.expert != before.expert || key.slot != before.slot);
-            opens.tile = valid && within % kTileRows == 0;
+            opens.tile = valid && within % tile_rows(key.expert) == 0;
             opens.chunk = valid && key.slot >= 0 && (opens.segment || within % kChunkRows == 0);
             visit(row, valid, key, before, within, opens);
             last = RowKey{__shfl_sync(kAllLanes, key.expert, 31), __shfl_sync(kAllLanes, key.slot, 31)};
@@ -109,7 +119,7 @@ __device__ void build_lists(uint32_t num_rows, uint32_t bad_slots, const uint32_
             if (row > 0) segments[segment - 1].end_row = row;
         }
         if (opens.tile) {
-            const uint32_t rows = min(static_cast<uint32_t>(kTileRows), expert_starts[key.expert + 1] - row);
+            const uint32_t rows = min(tile_rows(key.expert), expert_starts[key.expert + 1] - row);
             tiles[tile] = RowTile{key.expert, row, rows, segment + opens.segment - 1};
         }
         if (opens.chunk) {
