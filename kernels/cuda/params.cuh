@@ -42,7 +42,7 @@ struct RouteCounts {
     uint32_t num_chunks;
     uint32_t bad_experts;  // ids outside [-1, E), skipped
     uint32_t bad_slots;    // slots outside [-1, L), taken as -1
-    uint32_t reserved[2];
+    uint32_t claimed[2];   // zero: what kernels that share out a list as they go count with (gate_up, down); they leave zero
 };
 static_assert(sizeof(RouteCounts) == 32, "RouteCounts");
 

@@ -25,6 +25,7 @@ struct DownProblem {
     __device__ uint64_t tokens() const { return d.intermediate; }
     __device__ uint64_t tiles() const { return d.tiles; }
     __device__ uint64_t counts() const { return d.counts; }
+    __device__ uint32_t* claimed() const { return reinterpret_cast<RouteCounts*>(d.counts)->claimed + 1; }
     __device__ uint64_t segments() const { return d.segments; }
     __device__ uint64_t adapters() const { return d.adapters; }
     __device__ uint32_t num_experts() const { return d.num_experts; }

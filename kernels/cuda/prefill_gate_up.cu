@@ -27,6 +27,7 @@ struct GateUpProblem {
     __device__ uint64_t tokens() const { return g.hidden; }
     __device__ uint64_t tiles() const { return g.tiles; }
     __device__ uint64_t counts() const { return g.counts; }
+    __device__ uint32_t* claimed() const { return reinterpret_cast<RouteCounts*>(g.counts)->claimed + 0; }
     __device__ uint64_t segments() const { return g.segments; }
     __device__ uint64_t adapters() const { return g.adapters; }
     __device__ uint32_t num_experts() const { return g.num_experts; }

@@ -32,6 +32,7 @@ mod kernels;
 mod memory;
 mod probe;
 mod stream;
+mod tensor_map;
 pub mod testing;
 
 pub use error::GpuError;
@@ -40,6 +41,7 @@ pub use kernels::Kernels;
 pub use memory::{ALIGNMENT, DeviceBuffer, Layout, PinnedBuffer};
 pub use probe::DeviceInfo;
 pub use stream::{Event, Graph, Stream};
+pub use tensor_map::{Dimension, tensor_map};
 
 pub use cudarc;
 

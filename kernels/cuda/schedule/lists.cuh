@@ -1,5 +1,8 @@
 // From sorted rows to the lists of work: segments (expert, slot), row tiles of the expert products, chunks of LoRA work.
 //
+// Tiles of kTileRows rows lie in the order of rows; tiles of equal parts of an expert (AlignParams::tile_rows) in the order of
+// their experts' rows, most first, so that kernels that share out tiles as they go end with small ones.
+//
 // A row opens a segment where expert or slot change, a tile every kTileRows rows of an expert, and a chunk where a segment
 // with an adapter opens or kChunkRows rows of the expert have passed. Every list is the rows that open something, in
 // order; its records are written by those rows (and their ends by the rows after them).
@@ -25,10 +28,39 @@ struct Openings {
     bool segment, tile, chunk;
 };
 
-// expert_starts: shared [E + 1], first row of every expert and the number of rows. table: global [grid, 4].
+// first_tile[e]: how many tiles the experts with more rows have, or as many rows and a lower number. Returns the number of all.
+// E * E / blockDim.x steps of a thread.
+__device__ __forceinline__ uint32_t place_tiles(uint32_t experts, const uint32_t* starts, uint32_t most, uint32_t* first_tile) {
+    const auto rows_of = [&](uint32_t e) { return starts[e + 1] - starts[e]; };
+    const auto tiles_of = [&](uint32_t e) {
+        const uint32_t rows = rows_of(e);
+        return rows == 0 ? 0 : (rows + rows_of_tile(rows, most) - 1) / rows_of_tile(rows, most);
+    };
+    __syncthreads();
+    uint32_t* tiles = first_tile + experts;
+    for (uint32_t e = threadIdx.x; e < experts; e += blockDim.x) tiles[e] = tiles_of(e);
+    __syncthreads();
+    uint32_t total = 0;
+    for (uint32_t e = threadIdx.x; e < experts; e += blockDim.x) {
+        const uint32_t rows = rows_of(e);
+        uint32_t before = 0;
+        total = 0;
+#pragma unroll 1
+        for (uint32_t other = 0; other < experts; ++other) {
+            const uint32_t others = rows_of(other);
+            total += tiles[other];
+            before += others > rows || (others == rows && other < e) ? tiles[other] : 0;
+        }
+        first_tile[e] = before;
+    }
+    __syncthreads();
+    return total;
+}
+
+// expert_starts: shared [E + 1], first row of every expert and the number of rows; scratch: shared [2 E]. table: global [grid, 4].
 // bad_slots: what this warp found, the same number in all lanes.
 template <class KeyOfRow>
-__device__ void build_lists(uint32_t num_rows, uint32_t most_tile_rows, uint32_t bad_slots, const uint32_t* expert_starts, KeyOfRow key_of_row, uint32_t* table,
+__device__ void build_lists(uint32_t num_rows, uint32_t experts, uint32_t most_tile_rows, uint32_t* scratch, uint32_t bad_slots, const uint32_t* expert_starts, KeyOfRow key_of_row, uint32_t* table,
                             uint32_t* barrier, Segment* segments, RowTile* tiles, Segment* chunks,
                             RouteCounts* counts) {
     __shared__ uint32_t warp_counts[4][kSortWarps];
@@ -58,6 +90,8 @@ __device__ void build_lists(uint32_t num_rows, uint32_t most_tile_rows, uint32_t
         }
     };
 
+    // Thread 0's is the total: it has an expert.
+    const uint32_t placed_tiles = most_tile_rows == 0 ? 0 : place_tiles(experts, expert_starts, most_tile_rows, scratch);
     uint32_t found[3] = {0, 0, 0};
     for_rows([&](uint32_t, bool, RowKey, RowKey, uint32_t, Openings opens) {
         found[0] += __popc(__ballot_sync(kAllLanes, opens.segment));
@@ -93,7 +127,7 @@ __device__ void build_lists(uint32_t num_rows, uint32_t most_tile_rows, uint32_t
     __syncthreads();
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         counts->num_segments = total[0];
-        counts->num_tiles = total[1];
+        counts->num_tiles = most_tile_rows == 0 ? total[1] : placed_tiles;
         counts->num_chunks = total[2];
         counts->bad_slots = total[3];
     }
@@ -120,7 +154,8 @@ __device__ void build_lists(uint32_t num_rows, uint32_t most_tile_rows, uint32_t
         }
         if (opens.tile) {
             const uint32_t rows = min(tile_rows(key.expert), expert_starts[key.expert + 1] - row);
-            tiles[tile] = RowTile{key.expert, row, rows, segment + opens.segment - 1};
+            const uint32_t place = most_tile_rows == 0 ? tile : scratch[key.expert] + within / tile_rows(key.expert);
+            tiles[place] = RowTile{key.expert, row, rows, segment + opens.segment - 1};
         }
         if (opens.chunk) {
             chunks[chunk].expert = key.expert;

@@ -27,7 +27,7 @@ constexpr uint32_t kWeightStageBytes = kGroupedWeights * kTileRowBytes;
 constexpr uint32_t kTokenStageBytes = kGroupedTokens * kTileRowBytes;
 constexpr uint32_t kStagedBytes = 16384;  // of a consumer warpgroup: finished values on their way out
 constexpr int kGroupedShared =
-    1024 + kGroupedStages * (kWeightStageBytes + kTokenStageBytes + 16 + 16 + 8) + 2 * kStagedBytes;
+    1024 + kGroupedStages * (kWeightStageBytes + kTokenStageBytes + 16 + 16 + 4) + 2 * kStagedBytes + kGroupedTokens * 4 + 4;
 constexpr int kTilesTogether = 8;  // whose feature blocks run side by side: tokens and weights of those stay in L2
 
 // Tokens of a product; a tile of more than 128 rows is two products.
@@ -42,7 +42,7 @@ struct TileJob {
 };
 
 struct Ring {
-    uint32_t weights, tokens, staged, jobs, lora, full, empty;  // shared addresses
+    uint32_t weights, tokens, staged, jobs, lora, full, empty, rows, next;  // shared addresses
 
     __device__ explicit Ring(const char* shared) {
         weights = (shared_address(shared) + 1023) & ~1023u;
@@ -52,6 +52,8 @@ struct Ring {
         full = jobs + kGroupedStages * 16;
         empty = full + kGroupedStages * 8;
         lora = empty + kGroupedStages * 8;
+        rows = lora + kGroupedStages * 4;
+        next = rows + kGroupedTokens * 4;
     }
     __device__ void init() const {
         if (threadIdx.x == 0) {
@@ -123,14 +125,19 @@ struct Producer {
         write = swizzled(row0, chunk);
     }
 
+    // Where the rows of a tile begin, in 16 bytes from the first: two a thread.
+    __device__ __forceinline__ void place_rows(const RowTile& tile) const {
+        for (uint32_t i = thread; i < kGroupedTokens; i += 128) {
+            const uint32_t row = tile.first_row + min(i, tile.num_rows - 1);
+            store_shared1(ring.rows + 4 * i, p.token_row(row) * (p.depth() / 8));
+        }
+    }
+
     __device__ __forceinline__ void base(const TileJob& job) {
         const uint32_t width = tile_halves(job.num_rows) * half_width(job.num_rows);
         uint32_t from[16];
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const uint32_t row = min(row0 + 16 * i, job.num_rows - 1);
-            from[i] = p.token_row(job.first_row + row) * (p.depth() / 8) + chunk;
-        }
+        for (int i = 0; i < 16; ++i) from[i] = load_shared1(ring.rows + 4 * (row0 + 16 * i)) + chunk;
         const uint4* tokens = reinterpret_cast<const uint4*>(p.tokens());
 #pragma unroll 1
         for (uint32_t k = 0; k < p.depth(); k += 64) {
@@ -260,25 +267,53 @@ struct Producer {
         }
     }
 
-    // The blocks of features of kTilesTogether tiles run side by side.
+
+    // Tiles come with their blocks of features, kTilesTogether tiles side by side. While an item is on its way its successor is
+    // claimed and looked up.
     __device__ __forceinline__ void run() {
         if (p.adapters() == 0) wait_for_previous_launch();
         const RouteCounts counts = *reinterpret_cast<const RouteCounts*>(p.counts());
         const uint32_t blocks = (p.features() + Problem::kFeatures - 1) / Problem::kFeatures;
         const uint32_t items = counts.num_tiles * blocks;
-        bool waited = false;
-#pragma unroll 1
-        for (uint32_t item = blockIdx.x; item < items; item += gridDim.x) {
+        const auto tile_of = [&](uint32_t item, uint32_t& first_feature) {
             const uint32_t group = item / (kTilesTogether * blocks), within = item - group * (kTilesTogether * blocks);
             const uint32_t together = min(static_cast<uint32_t>(kTilesTogether), counts.num_tiles - group * kTilesTogether);
-            const RowTile tile = reinterpret_cast<const RowTile*>(p.tiles())[group * kTilesTogether + within % together];
-            const TileJob job{tile.first_row, tile.num_rows, within / together * Problem::kFeatures, tile.expert};
+            const uint32_t block = within / together;
+            first_feature = block * Problem::kFeatures;
+            return reinterpret_cast<const RowTile*>(p.tiles())[group * kTilesTogether + within - block * together];
+        };
+        // Blocks take items off one list. Each block comes too late once, and the last of them leaves zero.
+        const auto claim = [&] { return thread == 0 ? atomicAdd(p.claimed(), 1) : 0; };
+        const auto share = [&](uint32_t item) {
+            if (thread == 0) {
+                store_shared1(ring.next, item);
+                if (item == items + gridDim.x - 1) *p.claimed() = 0;
+            }
+            named_barrier(3, 128);
+            return load_shared1(ring.next);
+        };
+        bool waited = false;
+        uint32_t item = share(claim()), first_feature = 0;
+        RowTile tile{};
+        if (item < items) {
+            tile = tile_of(item, first_feature);
+            place_rows(tile);
+        }
+#pragma unroll 1
+        while (item < items) {
+            named_barrier(3, 128);  // the rows are placed
+            const TileJob job{tile.first_row, tile.num_rows, first_feature, tile.expert};
+            const uint32_t first_segment = tile.first_segment;
+            const uint32_t claimed = claim();
             base(job);
+            item = share(claimed);
+            if (item < items) tile = tile_of(item, first_feature);
             if (p.adapters() != 0) {
                 if (!waited) wait_for_previous_launch();
                 waited = true;
-                lora(job, tile.first_segment, counts.num_segments);
+                lora(job, first_segment, counts.num_segments);
             }
+            if (item < items) place_rows(tile);
         }
         mbarrier_wait(ring.empty + 8 * at.stage, at.phase ^ 1);
         if (thread == 0) {
@@ -298,6 +333,12 @@ __device__ __forceinline__ void multiply_stage(float (&sum)[2][64], uint64_t wei
 #pragma unroll
     for (uint32_t k = 0; k < 4; ++k) {
         if (k < steps) {
+#ifdef WIDE
+            if (kPair) {
+                Wgmma<T, 2 * kWidth>::mma(&sum[0][0], weights + 2 * k, tokens + 2 * k);
+                continue;
+            }
+#endif
             if (!kPair || (halves & 1)) Wgmma<T, kWidth>::mma(sum[0], weights + 2 * k, tokens + 2 * k);
             if (kPair && (halves & 2)) {
                 Wgmma<T, kWidth>::mma(sum[1], weights + 2 * k, tokens + kWidth * kTileRowBytes / 16 + 2 * k);
@@ -373,11 +414,11 @@ __device__ __forceinline__ void grouped_product(const Problem& problem, char* sh
     ring.init();
     const uint32_t group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (group == 2) {
-        registers_dec<56>();
+        registers_dec<88>();
         Producer<T, Problem>(problem, ring).run();
         return;
     }
-    registers_inc<224>();
+    registers_inc<208>();
     RingPlace at;
     const uint32_t steps = (problem.depth() + 63) / 64;
     while (true) {
