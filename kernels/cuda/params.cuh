@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ptx/tma.cuh"
+
 // Where one projection of one (slot, expert) finds its adapter. `a` is [rank8, in], `b` is [out, rank8], row-major,
 // 16-byte aligned, with rank8 = rank rounded up to a multiple of 8 and the padding zero. rank 0 is no adapter.
 struct AdapterEntry {
@@ -163,12 +165,6 @@ struct DownParams {
     uint32_t rows_f32;  // rows_out is f32 and not the activation's format
 };
 static_assert(sizeof(DownParams) == 104, "DownParams");
-
-// A tensor map that the driver encoded: the weights' place, strides and box.
-struct alignas(64) TensorMap {
-    uint64_t words[16];
-};
-static_assert(sizeof(TensorMap) == 128, "TensorMap");
 
 // The same for experts with many rows (sm_90a). `weights`: boxes {64 k, 8 rows, gate and up, 8 groups of 8 rows, expert}.
 struct PrefillGateUpParams {

@@ -69,21 +69,14 @@ struct GateUpProblem {
                     float value[2];
 #pragma unroll
                     for (int q = 0; q < 2; ++q) {
-                        float gate = sum[h][4 * (j + i) + q], up = sum[h][4 * (j + i) + 2 + q];
-                        if (g.weigh_input) {
-                            const uint32_t token = h * half + 8 * (j + i) + lane % 4 * 2 + q;
-                            const float weight =
-                                token < job.num_rows ? reinterpret_cast<const float*>(g.row_weight)[job.first_row + token] : 0.0f;
-                            gate *= weight;
-                            up *= weight;
-                        }
+                        const float gate = sum[h][4 * (j + i) + q], up = sum[h][4 * (j + i) + 2 + q];
                         value[q] = kClamped ? clamped_swiglu(g.alpha, g.limit, gate + gate_bias, up + up_bias)
                                             : swiglu(gate + gate_bias, up + up_bias);
                     }
                     words[i] = pack<T>(value[0], value[1]);
                 }
                 const uint32_t token = h * half + 8 * j + lane;
-                stmatrix_trans(staged + token * 64 + ((warp ^ (token / 2 % 4)) << 4), words[0], words[1], words[2], words[3]);
+                stmatrix_transposed(staged + token * 64 + ((warp ^ (token / 2 % 4)) << 4), words[0], words[1], words[2], words[3]);
             }
         }
         named_barrier(1 + group, 128);
@@ -97,7 +90,28 @@ struct GateUpProblem {
         }
     }
 
-    __device__ __forceinline__ void finish(const float (&sum)[2][64], const TileJob& job, uint32_t staged, uint32_t group) const {
+    // Multiplies the products of a token by its routing weight; the weights go by way of shared memory.
+    __device__ __forceinline__ void weigh(float (&sum)[2][64], const TileJob& job, uint32_t staged, uint32_t group) const {
+        const float* weights = reinterpret_cast<const float*>(g.row_weight) + job.first_row;
+        named_barrier(1 + group, 128);  // the tile before has left shared memory
+        for (uint32_t i = threadIdx.x % 128; i < kGroupedTokens; i += 128) {
+            store_shared1(staged + 4 * i, i < job.num_rows ? __float_as_uint(weights[i]) : 0);
+        }
+        named_barrier(1 + group, 128);
+        const uint32_t mine = staged + threadIdx.x % 4 * 8, half = half_width(job.num_rows);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+            for (int j = 0; j < 16; ++j) {
+                const uint2 pair = load_shared8(mine + 4 * (h * half + 8 * j));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sum[h][4 * j + i] *= __uint_as_float(i % 2 == 0 ? pair.x : pair.y);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void finish(float (&sum)[2][64], const TileJob& job, uint32_t staged, uint32_t group) const {
+        if (g.weigh_input) weigh(sum, job, staged, group);
         if (g.activation == 3) {
             finish_as<true>(sum, job, staged, group);
         } else {

@@ -1,7 +1,8 @@
 //! How many blocks a kernel wants: pure functions of the batch's sizes and the number of SMs, never of the routing.
 
 use crate::{
-    AlignParams, CombineParams, DownParams, GateUpParams, PrefillDownParams, PrefillGateUpParams, ShrinkParams, TopkParams,
+    AlignParams, CombineParams, DownParams, GateUpParams, PrefillDownParams, PrefillGateUpParams, ShrinkParams,
+    TopkParams,
 };
 
 /// `kTileRows`.
@@ -23,7 +24,7 @@ pub(crate) const SHRINK_SHARED: u32 = 4 * 32 * 36 * 4;
 /// `kProductShared + kLoraPartsBytes`.
 pub(crate) const PRODUCT_SHARED: u32 = 96 * 1024 + 128 * 24;
 /// `kGroupedShared`.
-pub(crate) const GROUPED_SHARED: u32 = 1024 + 4 * (128 * 128 + 256 * 128 + 40) + 2 * 16384;
+pub(crate) const GROUPED_SHARED: u32 = 1024 + 4 * (128 * 128 + 256 * 128) + 8 * 36 + 2 * 16384 + 256 * 4 + 4;
 /// The experts that align and topk can tell apart.
 pub(crate) const MOST_EXPERTS: u32 = 1024;
 /// Blocks per SM that are worth launching; what they leave is done in turns.
@@ -246,12 +247,13 @@ mod tests {
             "kCombineThreads = 128;".to_owned(),
             "kWeightRows = 128;".to_owned(),
             "kGroupedThreads = 384;".to_owned(),
-            "kGroupedStages = 4;".to_owned(),
+            "kGroupedStages = 8;".to_owned(),
             "kGroupedTokens = 256;".to_owned(),
             "kGroupedWeights = 128;".to_owned(),
             "kStagedBytes = 16384;".to_owned(),
             "kTileDepth = 64;".to_owned(),
-            "1024 + kGroupedStages * (kWeightStageBytes + kTokenStageBytes + 16 + 16 + 8) + 2 * kStagedBytes;".to_owned(),
+            "1024 + kRingBytes + kGroupedStages * (16 + 16 + 4) + 2 * kStagedBytes + kGroupedTokens * 4 + 4;"
+                .to_owned(),
         ] {
             assert!(sources.iter().any(|s| s.contains(&line)), "{line}");
         }

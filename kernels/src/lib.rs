@@ -60,15 +60,8 @@ pub enum Family {
 
 impl Family {
     /// All families, in the order of use; those for Hopper alone come last.
-    pub const ALL: [Self; 7] = [
-        Self::Route,
-        Self::Shrink,
-        Self::GateUp,
-        Self::Down,
-        Self::Combine,
-        Self::PrefillGateUp,
-        Self::PrefillDown,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::Route, Self::Shrink, Self::GateUp, Self::Down, Self::Combine, Self::PrefillGateUp, Self::PrefillDown];
 
     /// Whether its image is for compute capability 9.0 alone.
     #[must_use]

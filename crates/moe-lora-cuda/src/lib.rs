@@ -41,7 +41,7 @@ pub use kernels::Kernels;
 pub use memory::{ALIGNMENT, DeviceBuffer, Layout, PinnedBuffer};
 pub use probe::DeviceInfo;
 pub use stream::{Event, Graph, Stream};
-pub use tensor_map::{Dimension, tensor_map};
+pub use tensor_map::{Dimension, prefill_down, prefill_gate_up, tensor_map};
 
 pub use cudarc;
 

@@ -1,7 +1,7 @@
 // From sorted rows to the lists of work: segments (expert, slot), row tiles of the expert products, chunks of LoRA work.
 //
-// Tiles of kTileRows rows lie in the order of rows; tiles of equal parts of an expert (AlignParams::tile_rows) in the order of
-// their experts' rows, most first, so that kernels that share out tiles as they go end with small ones.
+// Tiles of kTileRows rows lie in the order of rows; tiles of equal parts of an expert (AlignParams::tile_rows) by their
+// height, highest first, so that kernels that share out tiles as they go end with small ones.
 //
 // A row opens a segment where expert or slot change, a tile every kTileRows rows of an expert, and a chunk where a segment
 // with an adapter opens or kChunkRows rows of the expert have passed. Every list is the rows that open something, in
@@ -19,37 +19,36 @@ struct RowKey {
 
 // Rows of a tile of an expert with `rows` rows.
 __device__ __forceinline__ uint32_t rows_of_tile(uint32_t rows, uint32_t most) {
-    if (most == 0) return kTileRows;
-    const uint32_t tiles = (rows + most - 1) / most;
-    return ((rows + tiles - 1) / tiles + 15) / 16 * 16;
+    const uint32_t tiles = max(1u, (rows + most - 1) / most);
+    return ((rows + tiles - 1) / tiles + 7) / 8 * 8;
 }
 
 struct Openings {
     bool segment, tile, chunk;
 };
 
-// first_tile[e]: how many tiles the experts with more rows have, or as many rows and a lower number. Returns the number of all.
-// E * E / blockDim.x steps of a thread.
-__device__ __forceinline__ uint32_t place_tiles(uint32_t experts, const uint32_t* starts, uint32_t most, uint32_t* first_tile) {
-    const auto rows_of = [&](uint32_t e) { return starts[e + 1] - starts[e]; };
-    const auto tiles_of = [&](uint32_t e) {
-        const uint32_t rows = rows_of(e);
-        return rows == 0 ? 0 : (rows + rows_of_tile(rows, most) - 1) / rows_of_tile(rows, most);
-    };
+// height[e]: rows of a tile of expert e; first_tile[e]: how many tiles come before its first: those of experts with higher tiles,
+// or equal ones and a lower number. Returns the number of all. E * E / blockDim.x steps of a thread.
+__device__ __forceinline__ uint32_t place_tiles(uint32_t experts, const uint32_t* starts, uint32_t most, uint32_t* height,
+                                                uint32_t* first_tile) {
+    uint32_t* packed = first_tile + experts;  // height and number of tiles
     __syncthreads();
-    uint32_t* tiles = first_tile + experts;
-    for (uint32_t e = threadIdx.x; e < experts; e += blockDim.x) tiles[e] = tiles_of(e);
+    for (uint32_t e = threadIdx.x; e < experts; e += blockDim.x) {
+        const uint32_t rows = starts[e + 1] - starts[e];
+        height[e] = rows_of_tile(rows, most);
+        packed[e] = rows == 0 ? 0 : height[e] << 22 | (rows + height[e] - 1) / height[e];
+    }
     __syncthreads();
     uint32_t total = 0;
     for (uint32_t e = threadIdx.x; e < experts; e += blockDim.x) {
-        const uint32_t rows = rows_of(e);
+        const uint32_t mine = packed[e] >> 22;
         uint32_t before = 0;
         total = 0;
 #pragma unroll 1
         for (uint32_t other = 0; other < experts; ++other) {
-            const uint32_t others = rows_of(other);
-            total += tiles[other];
-            before += others > rows || (others == rows && other < e) ? tiles[other] : 0;
+            const uint32_t others = packed[other] >> 22, tiles = packed[other] & 0x3fffff;
+            total += tiles;
+            before += others > mine || (others == mine && other < e) ? tiles : 0;
         }
         first_tile[e] = before;
     }
@@ -57,7 +56,7 @@ __device__ __forceinline__ uint32_t place_tiles(uint32_t experts, const uint32_t
     return total;
 }
 
-// expert_starts: shared [E + 1], first row of every expert and the number of rows; scratch: shared [2 E]. table: global [grid, 4].
+// expert_starts: shared [E + 1], first row of every expert and the number of rows; scratch: shared [3 E]. table: global [grid, 4].
 // bad_slots: what this warp found, the same number in all lanes.
 template <class KeyOfRow>
 __device__ void build_lists(uint32_t num_rows, uint32_t experts, uint32_t most_tile_rows, uint32_t* scratch, uint32_t bad_slots, const uint32_t* expert_starts, KeyOfRow key_of_row, uint32_t* table,
@@ -66,9 +65,7 @@ __device__ void build_lists(uint32_t num_rows, uint32_t experts, uint32_t most_t
     __shared__ uint32_t warp_counts[4][kSortWarps];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const WarpRange range(num_rows);
-    const auto tile_rows = [&](uint32_t expert) {
-        return rows_of_tile(expert_starts[expert + 1] - expert_starts[expert], most_tile_rows);
-    };
+    const auto tile_rows = [&](uint32_t expert) { return most_tile_rows == 0 ? kTileRows : scratch[expert]; };
 
     // visit(row, key, slot before, openings) for every row of the warp, all lanes together; row >= end: no row.
     const auto for_rows = [&](auto visit) {
@@ -91,7 +88,7 @@ __device__ void build_lists(uint32_t num_rows, uint32_t experts, uint32_t most_t
     };
 
     // Thread 0's is the total: it has an expert.
-    const uint32_t placed_tiles = most_tile_rows == 0 ? 0 : place_tiles(experts, expert_starts, most_tile_rows, scratch);
+    const uint32_t placed_tiles = most_tile_rows == 0 ? 0 : place_tiles(experts, expert_starts, most_tile_rows, scratch, scratch + experts);
     uint32_t found[3] = {0, 0, 0};
     for_rows([&](uint32_t, bool, RowKey, RowKey, uint32_t, Openings opens) {
         found[0] += __popc(__ballot_sync(kAllLanes, opens.segment));
@@ -154,7 +151,7 @@ __device__ void build_lists(uint32_t num_rows, uint32_t experts, uint32_t most_t
         }
         if (opens.tile) {
             const uint32_t rows = min(tile_rows(key.expert), expert_starts[key.expert + 1] - row);
-            const uint32_t place = most_tile_rows == 0 ? tile : scratch[key.expert] + within / tile_rows(key.expert);
+            const uint32_t place = most_tile_rows == 0 ? tile : scratch[experts + key.expert] + within / tile_rows(key.expert);
             tiles[place] = RowTile{key.expert, row, rows, segment + opens.segment - 1};
         }
         if (opens.chunk) {

@@ -1,10 +1,10 @@
 // One tile of a grouped product on Hopper: 128 weight rows of an expert times up to 256 of its tokens, over all of k, LoRA-B
 // included, in f32 registers. A block is persistent and takes tile after tile.
 //
-// Three warpgroups share a block. The third one fills a ring of kStages stages of 64 k each: weights by one TMA box, tokens
-// by 128 threads that copy 16 bytes of gathered rows at a time; no copied rows, no padding in global memory. The first two
-// multiply 64 weight rows each by all tokens of the tile (wgmma, weights on the M side), in one product of up to 128 tokens
-// or two.
+// Three warpgroups share a block. The third one fills a ring of stages of 64 k each: weights by one TMA box, tokens by 128
+// threads that copy 16 bytes of gathered rows at a time; no copied rows, no padding in global memory. The first two multiply
+// 64 weight rows each by all tokens of the tile (wgmma, weights on the M side), in one product of up to 128 tokens or two.
+// Narrow tiles need more stages to hide the latency of memory, and as their stages are smaller they get them: 4 to 8.
 //
 // LoRA is more k: the ranks of a tile's segments follow the base product through the same ring, 32 to a stage, B where
 // weights lie and S where tokens lie, zeros in the tokens of other segments. S is a pair of 16-bit numbers (see params.cuh), so
@@ -16,18 +16,20 @@
 #include "mma/number.cuh"
 #include "params.cuh"
 #include "ptx/async.cuh"
-#include "ptx_hopper.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma.cuh"
 #include "tile/swizzle.cuh"
 
 constexpr int kGroupedThreads = 384;
-constexpr int kGroupedStages = 4;
+constexpr int kGroupedStages = 8;  // at most
 constexpr int kGroupedTokens = 256;
 constexpr int kGroupedWeights = 128;
 constexpr uint32_t kWeightStageBytes = kGroupedWeights * kTileRowBytes;
-constexpr uint32_t kTokenStageBytes = kGroupedTokens * kTileRowBytes;
+constexpr uint32_t kRingBytes = 4 * (kWeightStageBytes + kGroupedTokens * kTileRowBytes);
 constexpr uint32_t kStagedBytes = 16384;  // of a consumer warpgroup: finished values on their way out
 constexpr int kGroupedShared =
-    1024 + kGroupedStages * (kWeightStageBytes + kTokenStageBytes + 16 + 16 + 4) + 2 * kStagedBytes + kGroupedTokens * 4 + 4;
+    1024 + kRingBytes + kGroupedStages * (16 + 16 + 4) + 2 * kStagedBytes + kGroupedTokens * 4 + 4;
 constexpr int kTilesTogether = 8;  // whose feature blocks run side by side: tokens and weights of those stay in L2
 
 // Tokens of a product; a tile of more than 128 rows is two products.
@@ -41,13 +43,13 @@ struct TileJob {
     uint32_t first_row, num_rows, first_feature, expert;
 };
 
+// Shared addresses.
 struct Ring {
-    uint32_t weights, tokens, staged, jobs, lora, full, empty, rows, next;  // shared addresses
+    uint32_t slots, staged, jobs, full, empty, lora, rows, next;
 
     __device__ explicit Ring(const char* shared) {
-        weights = (shared_address(shared) + 1023) & ~1023u;
-        tokens = weights + kGroupedStages * kWeightStageBytes;
-        staged = tokens + kGroupedStages * kTokenStageBytes;
+        slots = (shared_address(shared) + 1023) & ~1023u;
+        staged = slots + kRingBytes;
         jobs = staged + 2 * kStagedBytes;
         full = jobs + kGroupedStages * 16;
         empty = full + kGroupedStages * 8;
@@ -65,17 +67,40 @@ struct Ring {
         }
         __syncthreads();
     }
-    __device__ __forceinline__ uint32_t weights_of(uint32_t stage) const { return weights + stage * kWeightStageBytes; }
-    __device__ __forceinline__ uint32_t tokens_of(uint32_t stage) const { return tokens + stage * kTokenStageBytes; }
 };
 
+// Where a warpgroup is in the ring. Fills are counted over all tiles and take the barriers in turns; the slots' size and number
+// follow the tile's width, and begin anew where that changes.
 struct RingPlace {
-    uint32_t stage = 0, phase = 0;
+    uint32_t fill = 0, first = 0, slot = 0, stages = 0, bytes = 0;
+
+    // Returns whether the slots change.
+    __device__ __forceinline__ bool lay_out(uint32_t rows) {
+        const uint32_t width = rows <= 64 ? 64 : rows <= 128 ? 128 : rows <= 176 ? 176 : 256;
+        const uint32_t count = rows <= 64 ? 8 : rows <= 128 ? 6 : rows <= 176 ? 5 : 4;
+        if (count == stages) return false;
+        stages = count;
+        bytes = kWeightStageBytes + width * kTileRowBytes;
+        first = fill;
+        slot = 0;
+        return true;
+    }
     __device__ __forceinline__ void advance() {
-        if (++stage == kGroupedStages) {
-            stage = 0;
-            phase ^= 1;
-        }
+        ++fill;
+        if (++slot == stages) slot = 0;
+    }
+    __device__ __forceinline__ uint32_t index() const { return fill % kGroupedStages; }
+    __device__ __forceinline__ uint32_t weights(const Ring& ring) const { return ring.slots + slot * bytes; }
+    __device__ __forceinline__ uint32_t tokens(const Ring& ring) const { return weights(ring) + kWeightStageBytes; }
+    __device__ __forceinline__ uint32_t full(const Ring& ring) const { return ring.full + 8 * index(); }
+    __device__ __forceinline__ void wait_full(const Ring& ring) const { mbarrier_wait(full(ring), fill / kGroupedStages % 2); }
+    // Until the consumers are done with the fill that was `ago` fills before this one.
+    __device__ __forceinline__ void wait_empty(const Ring& ring, uint32_t ago) const {
+        const uint32_t which = fill - ago;
+        mbarrier_wait(ring.empty + 8 * (which % kGroupedStages), which / kGroupedStages % 2);
+    }
+    __device__ __forceinline__ void acquire(const Ring& ring) const {
+        if (fill - first >= stages) wait_empty(ring, stages);
     }
 };
 
@@ -139,18 +164,19 @@ struct Producer {
 #pragma unroll
         for (int i = 0; i < 16; ++i) from[i] = load_shared1(ring.rows + 4 * (row0 + 16 * i)) + chunk;
         const uint4* tokens = reinterpret_cast<const uint4*>(p.tokens());
+        if (at.lay_out(job.num_rows) && at.fill > 0) at.wait_empty(ring, 1);
 #pragma unroll 1
         for (uint32_t k = 0; k < p.depth(); k += 64) {
-            mbarrier_wait(ring.empty + 8 * at.stage, at.phase ^ 1);
-            const uint32_t full = ring.full + 8 * at.stage;
+            at.acquire(ring);
+            const uint32_t full = at.full(ring);
             if (thread == 0) {
                 if (k == 0) {
-                    store_shared4(ring.jobs + 16 * at.stage, job.first_row, job.num_rows, job.first_feature, job.expert);
+                    store_shared4(ring.jobs + 16 * at.index(), job.first_row, job.num_rows, job.first_feature, job.expert);
                 }
                 mbarrier_expect(full, kWeightStageBytes);
-                p.load_weights(ring.weights_of(at.stage), full, k, job);
+                p.load_weights(at.weights(ring), full, k, job);
             }
-            const uint32_t to = ring.tokens_of(at.stage) + write;
+            const uint32_t to = at.tokens(ring) + write;
             const uint32_t bytes = k + chunk * 8 < p.depth() ? 16 : 0;
 #pragma unroll
             for (int i = 0; i < 16; ++i) {
@@ -217,10 +243,10 @@ struct Producer {
         const uint32_t half = half_width(job.num_rows), width = tile_halves(job.num_rows) * half;
         const uint32_t halves = __reduce_or_sync(~0u, exists ? (first < half ? 1u : 0u) | (end > half ? 2u : 0u) : 0u);
 
-        mbarrier_wait(ring.empty + 8 * at.stage, at.phase ^ 1);
+        at.acquire(ring);
         if (exists) {
             const uint32_t* s = reinterpret_cast<const uint32_t*>(p.shrunk()) + projection * p.max_rank() + local * 4;
-            const uint32_t to = ring.tokens_of(at.stage) + write;
+            const uint32_t to = at.tokens(ring) + write;
 #pragma unroll
             for (int i = 0; i < 16; ++i) {
                 if (16 * i >= width) break;
@@ -231,7 +257,7 @@ struct Producer {
                                s + static_cast<size_t>(job.first_row + row) * p.shrunk_stride(), bytes);
             }
             const T* from = reinterpret_cast<const T*>(b) + local * 4;
-            const uint32_t left = ring.weights_of(at.stage) + write;
+            const uint32_t left = at.weights(ring) + write;
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const uint32_t feature = job.first_feature + (Problem::kProjections == 2 ? 8 * i + row0 % 8 : row0 + 16 * i);
@@ -243,10 +269,10 @@ struct Producer {
         }
         if (thread == 0) {
             const uint32_t quads = min(8u, total - min(total, quad));
-            store_shared1(ring.lora + 4 * at.stage, lora_word((quads + 1) / 2, halves, last));
-            mbarrier_arrive(ring.full + 8 * at.stage);
+            store_shared1(ring.lora + 4 * at.index(), lora_word((quads + 1) / 2, halves, last));
+            mbarrier_arrive(at.full(ring));
         }
-        cp_async_arrive(ring.full + 8 * at.stage);
+        cp_async_arrive(at.full(ring));
         at.advance();
     }
 
@@ -315,12 +341,12 @@ struct Producer {
             }
             if (item < items) place_rows(tile);
         }
-        mbarrier_wait(ring.empty + 8 * at.stage, at.phase ^ 1);
+        if (at.fill > 0) at.acquire(ring);
         if (thread == 0) {
-            store_shared4(ring.jobs + 16 * at.stage, 0, 0, 0, 0);
-            mbarrier_arrive(ring.full + 8 * at.stage);
+            store_shared4(ring.jobs + 16 * at.index(), 0, 0, 0, 0);
+            mbarrier_arrive(at.full(ring));
         }
-        cp_async_arrive(ring.full + 8 * at.stage);
+        cp_async_arrive(at.full(ring));
         cp_async_wait<0>();
         wait_for_previous_launch();
     }
@@ -354,23 +380,22 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[2][64], const Ring& r
     const auto stage = [&](bool first, auto multiply) {
         fence_async_shared();
         wgmma_fence();
-        multiply(wgmma_descriptor(ring.weights_of(at.stage) + group * 64 * kTileRowBytes),
-                 wgmma_descriptor(ring.tokens_of(at.stage)));
+        multiply(wgmma_descriptor(at.weights(ring) + group * 64 * kTileRowBytes), wgmma_descriptor(at.tokens(ring)));
         wgmma_commit();
         wgmma_wait<1>();
         if (!first && threadIdx.x % 128 == 0) mbarrier_arrive(ring.empty + 8 * before);
-        before = at.stage;
+        before = at.index();
         at.advance();
     };
 #pragma unroll 1
     for (uint32_t i = 0; i < steps; ++i) {
-        mbarrier_wait(ring.full + 8 * at.stage, at.phase);
+        at.wait_full(ring);
         stage(i == 0, [&](uint64_t weights, uint64_t tokens) { multiply_stage<T, kWidth, kPair>(sum, weights, tokens, 4, 3); });
     }
 #pragma unroll 1
     for (bool more = lora; more;) {
-        mbarrier_wait(ring.full + 8 * at.stage, at.phase);
-        const uint32_t word = __shfl_sync(~0u, load_shared1(ring.lora + 4 * at.stage), 0);  // uniform: wgmma may not diverge
+        at.wait_full(ring);
+        const uint32_t word = __shfl_sync(~0u, load_shared1(ring.lora + 4 * at.index()), 0);  // uniform: wgmma may not diverge
         more = (word & 256) == 0;
         stage(false, [&](uint64_t weights, uint64_t tokens) {
             multiply_stage<T, kWidth, kPair>(sum, weights, tokens, word & 7, word >> 4 & 3);
@@ -422,10 +447,11 @@ __device__ __forceinline__ void grouped_product(const Problem& problem, char* sh
     RingPlace at;
     const uint32_t steps = (problem.depth() + 63) / 64;
     while (true) {
-        mbarrier_wait(ring.full + 8 * at.stage, at.phase);
-        const uint4 words = load_shared16(ring.jobs + 16 * at.stage);
+        at.wait_full(ring);
+        const uint4 words = load_shared16(ring.jobs + 16 * at.index());
         const TileJob job{words.x, words.y, words.z, words.w};
         if (job.num_rows == 0) return;
+        at.lay_out(job.num_rows);
         float sum[2][64];
 #pragma unroll
         for (int i = 0; i < 64; ++i) sum[0][i] = sum[1][i] = 0.0f;
