@@ -277,3 +277,33 @@ params!(
         scaling: f32,
     }
 );
+
+params!(
+    /// Signed noise for benchmarks, a function of seed and index alone.
+    NoiseParams, 40, Kernel::Noise, {
+        /// `[count]`, out.
+        out: u64,
+        /// Numbers.
+        count: u64,
+        /// Numbers of a row.
+        width: u64,
+        /// Numbers of a row that are not zero: its first ones.
+        filled: u64,
+        /// Equal seeds give equal noise.
+        seed: u32,
+        /// Standard deviation.
+        deviation: f32,
+    }
+);
+
+params!(
+    /// Reads memory and keeps nothing, to measure how fast that is.
+    ReadParams, 24, |_| Kernel::Read, {
+        /// First address, a multiple of 16.
+        from: u64,
+        /// Bytes, a multiple of 16.
+        bytes: u64,
+        /// u32, hardly ever written.
+        sink: u64,
+    }
+);

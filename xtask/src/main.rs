@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line speaks")]
 
 mod bench;
+mod bundle;
 mod ci;
 mod golden;
 mod kernels;
@@ -25,6 +26,7 @@ cargo xtask <command>
   kernels           build the CUDA images; registers, shared memory and spills of every kernel [--prebuilt: for packages]
   sass              fail on spills, local memory and stacks in the built images
   golden            rebuild the fixtures from transformers and PEFT (needs Python and 12 GB of disk)
+  bundle            GPU tests, command, benchmark and fixtures in one folder, for a GPU machine without Rust [FOLDER]
   bench --cpu       time the layer on this processor [--torch PYTHON: transformers and PEFT in the same run] [--json FILE]
 ";
 
@@ -48,6 +50,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["kernels", rest @ ..] => kernels::run(rest),
         ["sass", rest @ ..] => sass::run(rest),
         ["golden"] => golden::run(),
+        ["bundle", rest @ ..] => bundle::run(rest),
         ["bench", rest @ ..] => bench::run(rest),
         [] | ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
