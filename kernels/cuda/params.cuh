@@ -194,3 +194,14 @@ struct ReadParams {
     uint64_t sink;   // u32, hardly ever written
 };
 static_assert(sizeof(ReadParams) == 24, "ReadParams");
+
+struct PeakParams {
+    uint64_t a;     // bf16 [m_tiles, k_steps, 128 * 64]
+    uint64_t b;     // bf16 [n_tiles, k_steps, 256 * 64]
+    uint64_t sink;  // f32, hardly ever written
+    uint32_t m_tiles;  // a multiple of 16
+    uint32_t n_tiles;  // a multiple of 8
+    uint32_t k_steps;
+    uint32_t reserved;
+};
+static_assert(sizeof(PeakParams) == 40, "PeakParams");

@@ -25,7 +25,8 @@ mod records;
 
 pub use launch::{Launch, RouteBounds};
 pub use params::{
-    AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, ReadParams, ShrinkParams, TopkParams,
+    AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams, ReadParams, ShrinkParams,
+    TopkParams,
 };
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
@@ -51,13 +52,16 @@ pub enum Family {
     Down,
     /// Weighted sum over experts.
     Combine,
-    /// What benchmarks feed a layer with and measure it against.
+    /// What benchmarks feed a layer with, and how fast memory is read.
     Measure,
+    /// How fast the tensor cores multiply.
+    Peak,
 }
 
 impl Family {
     /// All families, in the order of use.
-    pub const ALL: [Self; 6] = [Self::Route, Self::Shrink, Self::GateUp, Self::Down, Self::Combine, Self::Measure];
+    pub const ALL: [Self; 7] =
+        [Self::Route, Self::Shrink, Self::GateUp, Self::Down, Self::Combine, Self::Measure, Self::Peak];
 
     /// The source file's stem.
     #[must_use]
@@ -69,6 +73,7 @@ impl Family {
             Self::Down => "down",
             Self::Combine => "combine",
             Self::Measure => "measure",
+            Self::Peak => "peak",
         }
     }
 
@@ -82,6 +87,7 @@ impl Family {
             Self::Down => include_bytes!(concat!(env!("OUT_DIR"), "/down.fatbin")),
             Self::Combine => include_bytes!(concat!(env!("OUT_DIR"), "/combine.fatbin")),
             Self::Measure => include_bytes!(concat!(env!("OUT_DIR"), "/measure.fatbin")),
+            Self::Peak => include_bytes!(concat!(env!("OUT_DIR"), "/peak.fatbin")),
         }
     }
 }
@@ -118,11 +124,13 @@ pub enum Kernel {
     Noise(Format),
     /// `moe_lora_read`.
     Read,
+    /// `moe_lora_peak`.
+    Peak,
 }
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -136,6 +144,7 @@ impl Kernel {
         Self::Noise(Format::Bf16),
         Self::Noise(Format::F16),
         Self::Read,
+        Self::Peak,
     ];
 
     /// Its place in [`ALL`](Self::ALL).
@@ -153,6 +162,7 @@ impl Kernel {
             Self::Combine(format) => 8 + second(format),
             Self::Noise(format) => 10 + second(format),
             Self::Read => 12,
+            Self::Peak => 13,
         }
     }
 
@@ -166,6 +176,7 @@ impl Kernel {
             Self::Down(_) => Family::Down,
             Self::Combine(_) => Family::Combine,
             Self::Noise(_) | Self::Read => Family::Measure,
+            Self::Peak => Family::Peak,
         }
     }
 
@@ -186,6 +197,7 @@ impl Kernel {
             Self::Noise(Format::Bf16) => "moe_lora_noise_bf16",
             Self::Noise(Format::F16) => "moe_lora_noise_f16",
             Self::Read => "moe_lora_read",
+            Self::Peak => "moe_lora_peak",
         }
     }
 
@@ -198,6 +210,7 @@ impl Kernel {
             Self::Shrink(_) => launch::SHRINK_SHARED,
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
             Self::Combine(_) | Self::Noise(_) | Self::Read => 0,
+            Self::Peak => launch::PEAK_SHARED,
         }
     }
 }

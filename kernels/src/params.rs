@@ -307,3 +307,23 @@ params!(
         sink: u64,
     }
 );
+
+params!(
+    /// Multiplies and keeps nothing, to measure how fast that is: `2 * 128 m * 256 n * 64 k` operations.
+    PeakParams, 40, |_| Kernel::Peak, {
+        /// bf16 `[m_tiles, k_steps, 128 * 64]`.
+        a: u64,
+        /// bf16 `[n_tiles, k_steps, 256 * 64]`.
+        b: u64,
+        /// f32, hardly ever written.
+        sink: u64,
+        /// Tiles of 128 rows, a multiple of 16.
+        m_tiles: u32,
+        /// Tiles of 256 columns, a multiple of 8.
+        n_tiles: u32,
+        /// Steps of 64 along k.
+        k_steps: u32,
+        /// Zero.
+        reserved: u32,
+    }
+);

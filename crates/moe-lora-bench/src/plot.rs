@@ -66,7 +66,7 @@ fn chart(title: &str, logarithmic: bool, series: &[Series]) -> String {
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n<text x=\"{left}\" y=\"22\" font-size=\"14\">{}</text>\n",
         escape(title)
     );
-    let mut line = |x1: f64, y1: f64, x2: f64, y2: f64| {
+    let line = |x1: f64, y1: f64, x2: f64, y2: f64| {
         format!("<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" stroke=\"#d0d7de\"/>\n")
     };
     let marks: Vec<f64> = match logarithmic {
