@@ -127,7 +127,7 @@ impl Call<'_> {
             topk_ids: args.topk_ids,
             topk_weights: args.topk_weights,
             token_slots: if args.num_slots > 0 { args.token_slots } else { 0 },
-            slot_active: 0,
+            slot_active: if args.num_slots > 0 { args.slot_active } else { 0 },
             row_pair: self.at(places.row_pair),
             row_weight: self.at(places.row_weight),
             pair_row: self.at(places.pair_row),

@@ -51,6 +51,8 @@ pub struct ForwardArgs {
     pub down_bias: u64,
     /// AdapterEntry `[slots, E, 3]`, ranks up to `max_rank`. Not read for no slots.
     pub adapters: u64,
+    /// u8 `[slots]`, or 0: 0 for slots that hold nothing for this layer, whose tokens then cost what the base model's cost.
+    pub slot_active: u64,
     /// `[T, H]` in `out_dtype`, out; every number is written. May not overlap any other tensor.
     pub out: u64,
     /// RouteCounts, out, or 0: what align found, with ids that are out of range. 8-byte aligned.
@@ -97,7 +99,7 @@ pub struct ForwardArgs {
     pub scaling: f32,
 }
 
-const _: () = assert!(size_of::<ForwardArgs>() == 18 * 8 + 16 * 4);
+const _: () = assert!(size_of::<ForwardArgs>() == 19 * 8 + 16 * 4);
 
 impl ForwardArgs {
     /// Sets gate, up and their strides to a tensor `w13 [E, 2I, H]` that has all gate rows of an expert before its up rows

@@ -114,6 +114,7 @@ impl ForwardArgs {
             ("up_bias", self.up_bias, inner, 4, false),
             ("down_bias", self.down_bias, 4 * experts * hidden, 4, false),
             ("adapters", self.adapters, table, 8, slots > 0),
+            ("slot_active", self.slot_active, slots, 1, false),
         ];
         let out_bytes = out * if self.out_dtype == DTYPE_F32 { 4 } else { HALF };
         let outputs = [
