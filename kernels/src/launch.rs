@@ -1,6 +1,8 @@
 //! How many blocks a kernel wants: pure functions of the batch's sizes and the number of SMs, never of the routing.
 
-use crate::{AlignParams, CombineParams, DownParams, GateUpParams, NoiseParams, PeakParams, ReadParams, ShrinkParams, TopkParams};
+use crate::{
+    AlignParams, CombineParams, DownParams, GateUpParams, NoiseParams, PeakParams, ReadParams, ShrinkParams, TopkParams,
+};
 
 /// `kTileRows`.
 const TILE_ROWS: u64 = 128;

@@ -25,8 +25,8 @@ mod records;
 
 pub use launch::{Launch, RouteBounds};
 pub use params::{
-    AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams, ReadParams, ShrinkParams,
-    TopkParams,
+    AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams, ReadParams,
+    ShrinkParams, TopkParams,
 };
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 

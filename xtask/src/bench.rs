@@ -1,4 +1,5 @@
-//! `cargo xtask bench --cpu`: the layer on this processor, one line a row, Criterion underneath.
+//! `cargo xtask bench --cpu`: the layer on this processor, one line a row, Criterion underneath. `--gpu`, `--plot` and
+//! `--compare` are `moe-lora-bench`'s, which also stands in the bundle.
 
 use crate::shell::{cargo, output, root, run as run_command};
 use anyhow::{Context, Result, bail};
@@ -12,6 +13,10 @@ struct Options<'a> {
 }
 
 pub(crate) fn run(args: &[&str]) -> Result<()> {
+    if let [command @ ("--gpu" | "--plot" | "--compare"), rest @ ..] = args {
+        let mut program = cargo(&["run", "--quiet", "--release", "-p", "moe-lora-bench", "--"]);
+        return run_command(program.arg(&command[2..]).args(rest));
+    }
     let options = parse(args)?;
     run_command(&mut cargo(&["bench", "--quiet", "-p", "moe-lora-bench", "--bench", "cpu"]))?;
     let rows = rows()?;
@@ -45,7 +50,7 @@ fn parse<'a>(args: &[&'a str]) -> Result<Options<'a>> {
         };
     }
     if !cpu {
-        bail!("bench: --cpu is the only device that this version times");
+        bail!("bench: --cpu, --gpu, --plot or --compare");
     }
     Ok(options)
 }

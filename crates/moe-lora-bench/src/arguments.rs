@@ -18,7 +18,7 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Times whole layers: five published shapes, or one of your own.
-    Gpu(GpuArguments),
+    Gpu(Box<GpuArguments>),
     /// Draws the plots of a run.
     Plot {
         /// What `gpu --json` wrote.
@@ -176,7 +176,7 @@ mod tests {
 
     fn gpu(words: &[&str]) -> GpuArguments {
         match Arguments::parse_from(["moe-lora-bench", "gpu"].iter().chain(words)).command {
-            Command::Gpu(arguments) => arguments,
+            Command::Gpu(arguments) => *arguments,
             other => unreachable!("{other:?}"),
         }
     }
@@ -185,7 +185,8 @@ mod tests {
     fn presets_sizes_and_sets() {
         let all = gpu(&[]).problems().unwrap();
         assert_eq!((all.len(), all[0].tokens.len(), all[0].sets.len()), (5, 8, 4));
-        let own = "--experts 8 --top-k 2 --hidden 64 --intermediate 32 --tp-shard 2 --tokens 3,5 --adapters 3 --ranks 8,64";
+        let own =
+            "--experts 8 --top-k 2 --hidden 64 --intermediate 32 --tp-shard 2 --tokens 3,5 --adapters 3 --ranks 8,64";
         let own = gpu(&own.split(' ').collect::<Vec<_>>()).problems().unwrap();
         assert_eq!((own[0].name.as_str(), own[0].shape.intermediate_size), ("e8-k2-h64-i32-tp2", 16));
         assert_eq!((own[0].tokens.as_slice(), own[0].sets[0].ranks.as_slice()), (&[3, 5][..], &[8, 64, 8][..]));

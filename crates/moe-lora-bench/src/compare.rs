@@ -55,7 +55,8 @@ pub fn compare(ours: &Run, peers: &Peers) -> String {
     // By peer, band and kind: ratios. The last name is the best of all peers, row by row.
     let mut ratios: Vec<(&str, usize, bool, f64)> = Vec::new();
     for row in &ours.rows {
-        let Some(found) = theirs.get(&(&*row.model, row.adapters, if row.adapters > 0 { row.rank } else { 0 }, row.tokens))
+        let Some(found) =
+            theirs.get(&(&*row.model, row.adapters, if row.adapters > 0 { row.rank } else { 0 }, row.tokens))
         else {
             continue;
         };
@@ -85,7 +86,10 @@ pub fn compare(ours: &Run, peers: &Peers) -> String {
             let of_peer = |r: &&PeerRow| r.peer == name && (r.adapters > 0) == lora && band.contains(&r.tokens);
             let mean = match name {
                 OURS => geometric_mean(
-                    ours.rows.iter().filter(|r| (r.adapters > 0) == lora && band.contains(&r.tokens)).map(crate::Row::share),
+                    ours.rows
+                        .iter()
+                        .filter(|r| (r.adapters > 0) == lora && band.contains(&r.tokens))
+                        .map(crate::Row::share),
                 ),
                 _ => geometric_mean(peers.rows.iter().filter(of_peer).map(share)),
             };

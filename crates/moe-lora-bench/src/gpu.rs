@@ -12,7 +12,7 @@ use clock::Clock;
 use launch::forward;
 use layer::{Adapters, Layer, Most};
 use moe_lora_bench::{AdapterSet, Card, Routes, Row, Run, StageTime, Touched, draw_slots};
-use moe_lora_cuda::{Gpu, Graph, GpuError, Stream};
+use moe_lora_cuda::{Gpu, GpuError, Graph, Stream};
 use moe_lora_kernels::Format;
 use moe_lora_runner::raw::ForwardArgs;
 use std::collections::BTreeMap;
@@ -33,7 +33,7 @@ pub(crate) fn run(arguments: &GpuArguments) -> Result<()> {
     let card = Card { name: info.name.clone(), driver, ceilings };
     println!("{}: reads {:.3} TB/s, multiplies {:.0} TFLOP/s", card.name, ceilings.read_tb_s, ceilings.peak_tflop_s);
     let mut all = Run { about: ABOUT.to_owned(), card, rows: Vec::new() };
-    println!("{}", Row::HEADER);
+    println!("{}", Row::header());
     for problem in arguments.problems()? {
         Bench { gpu: &gpu, stream: &stream, clock: &clock, arguments, problem: &problem, run: &mut all }.layer()?;
         if let Some(path) = &arguments.json {

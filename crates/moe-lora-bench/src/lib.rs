@@ -14,7 +14,7 @@ pub use draw::{Routes, draw_slots, spread};
 pub use floor::{Ceilings, Touched};
 pub use plot::plots;
 pub use presets::{AdapterSet, OLMOE, PRESETS, Preset, TOKENS};
-pub use rows::{Card, Run, Row, StageTime, bands, geometric_mean};
+pub use rows::{Card, Row, Run, StageTime, bands, geometric_mean};
 pub use work::{Work, count};
 
 #[cfg(doctest)]

@@ -1,6 +1,6 @@
 //! Plots of a run, as plain SVG.
 
-use crate::{Run, Row};
+use crate::{Row, Run};
 use std::fmt::Write;
 
 const WIDTH: f64 = 640.0;
@@ -75,7 +75,8 @@ fn chart(title: &str, logarithmic: bool, series: &[Series]) -> String {
     };
     for mark in marks {
         svg += &line(left, y(mark), left + width, y(mark));
-        let _ = writeln!(svg, "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{mark}</text>", left - 6.0, y(mark) + 4.0);
+        let _ =
+            writeln!(svg, "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{mark}</text>", left - 6.0, y(mark) + 4.0);
     }
     let mut tokens: Vec<f64> = points().map(|p| p.0).collect();
     tokens.sort_by(f64::total_cmp);

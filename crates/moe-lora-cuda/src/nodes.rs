@@ -74,8 +74,7 @@ impl GraphKernel {
         GpuError::check("cuFuncGetName", unsafe { sys::cuFuncGetName(&raw mut name, params.func) })?;
         // SAFETY: the driver's string, which lives as long as the module.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
-        let mut alone =
-            Self { name, graph: std::ptr::null_mut(), exec: std::ptr::null_mut(), stream: stream.clone() };
+        let mut alone = Self { name, graph: std::ptr::null_mut(), exec: std::ptr::null_mut(), stream: stream.clone() };
         let mut copy = std::ptr::null_mut();
         // SAFETY: a new graph, freed by `Drop`; the driver copies the parameters with the arguments that they point to.
         unsafe {
@@ -84,10 +83,7 @@ impl GraphKernel {
                 "cuGraphAddKernelNode",
                 sys::cuGraphAddKernelNode_v2(&raw mut copy, alone.graph, std::ptr::null(), 0, &raw const params),
             )?;
-            GpuError::check(
-                "cuGraphKernelNodeCopyAttributes",
-                sys::cuGraphKernelNodeCopyAttributes(copy, node),
-            )?;
+            GpuError::check("cuGraphKernelNodeCopyAttributes", sys::cuGraphKernelNodeCopyAttributes(copy, node))?;
             GpuError::check(
                 "cuGraphInstantiate",
                 sys::cuGraphInstantiateWithFlags(&raw mut alone.exec, alone.graph, 0),

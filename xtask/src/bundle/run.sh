@@ -3,8 +3,8 @@
 #
 #   ./run.sh tests                 every GPU test; a missing GPU is a failure
 #   ./run.sh sanitize [TOOL]...    the tests on few, small cases under compute-sanitizer: memcheck initcheck synccheck racecheck
-#   ./run.sh bench [ARGUMENT]...   times and shares of the floor, as `bin/moe-lora-bench --help` says
-#   ./run.sh all
+#   ./run.sh bench [ARGUMENT]...   times and shares of the floor, as `bin/moe-lora-bench gpu --help` says
+#   ./run.sh all [ARGUMENT]...     one after the other; the arguments are those of bench
 #
 # TESTS="moe-lora-cuda-* moe-lora-layer-cuda" chooses programs, FILTER="graph" tests in them, LIMIT=300 ends a program
 # that takes longer than so many seconds.
@@ -56,11 +56,11 @@ command=${1:-help}
 case $command in
   tests) run_tests ;;
   sanitize) run_sanitizers "$@" ;;
-  bench) bin/moe-lora-bench "$@" || failed=1 ;;
+  bench) bin/moe-lora-bench gpu "$@" || failed=1 ;;
   all)
     run_tests
     run_sanitizers
-    bin/moe-lora-bench "$@" || failed=$((failed + 1))
+    bin/moe-lora-bench gpu "$@" || failed=$((failed + 1))
     ;;
   *) sed -n '2,/^set/{s/^# \{0,1\}//;/^set/!p}' "$0" && exit 2 ;;
 esac

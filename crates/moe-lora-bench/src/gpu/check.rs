@@ -12,7 +12,8 @@ use moe_lora::{
 use moe_lora_bench::{Routes, spread};
 use moe_lora_cuda::{DeviceBuffer, Stream};
 use moe_lora_kernels::Format;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::collections::btree_map::{BTreeMap, Entry};
 
 /// Copies of the experts that were needed so far.
 #[derive(Default)]
@@ -58,12 +59,13 @@ impl Checker {
         let expert_of = |pair: usize| batch.routes.topk_ids[pair] as usize;
         let used: Vec<usize> = BTreeSet::from_iter(pairs.iter().map(|&p| expert_of(p))).into_iter().collect();
         for &expert in &used {
-            if !self.experts.contains_key(&expert) {
-                self.experts.insert(expert, read_expert::<T>(stream, layer, expert)?);
+            if let Entry::Vacant(place) = self.experts.entry(expert) {
+                place.insert(read_expert::<T>(stream, layer, expert)?);
             }
         }
         let shape = LayerShape::new(used.len(), 1, hidden_size, intermediate_size)?;
-        let weights = LayerWeights::new(shape, used.iter().map(|e| self.experts[e].clone()).collect(), Activation::Silu)?;
+        let weights =
+            LayerWeights::new(shape, used.iter().map(|e| self.experts[e].clone()).collect(), Activation::Silu)?;
 
         let slots: BTreeSet<i32> = tokens.iter().map(|&t| batch.slots[t]).filter(|&s| s >= 0).collect();
         let mut layers = Vec::new();

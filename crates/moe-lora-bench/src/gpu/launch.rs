@@ -20,7 +20,10 @@ pub(super) struct Noise {
 impl Noise {
     /// Writes it to a buffer from byte `offset` on.
     pub(super) fn write(&self, gpu: &Gpu, stream: &Stream, to: &DeviceBuffer, offset: usize) -> Result<()> {
-        ensure!(offset + 2 * self.count <= to.bytes() && offset.is_multiple_of(2) && self.width > 0, "{self:?} at {offset}");
+        ensure!(
+            offset + 2 * self.count <= to.bytes() && offset.is_multiple_of(2) && self.width > 0,
+            "{self:?} at {offset}"
+        );
         let params = NoiseParams {
             out: to.address() + offset as u64,
             count: self.count as u64,

@@ -111,24 +111,36 @@ impl Adapters {
     pub(super) fn new(gpu: &Gpu, stream: &Stream, layer: &Layer, set: &AdapterSet, slots: usize) -> Result<Self> {
         let (shape, experts) = (&layer.shape, layer.shape.num_experts);
         let mut layout = Layout::default();
-        let places: Vec<_> = set.ranks.iter().map(|rank| Projection::ALL.map(|projection| {
-            let [out, width] = projection.base_shape(shape);
-            let stored = rank.next_multiple_of(8);
-            [layout.add::<u16>(experts * stored * width), layout.add::<u16>(experts * out * stored)]
-        })).collect();
+        let places: Vec<_> = set
+            .ranks
+            .iter()
+            .map(|rank| {
+                Projection::ALL.map(|projection| {
+                    let [out, width] = projection.base_shape(shape);
+                    let stored = rank.next_multiple_of(8);
+                    [layout.add::<u16>(experts * stored * width), layout.add::<u16>(experts * out * stored)]
+                })
+            })
+            .collect();
         let memory = gpu.alloc(layout.bytes())?;
         let mut seed = 16;
         for (slot, &rank) in places.iter().zip(&set.ranks) {
             let stored = rank.next_multiple_of(8);
             for (&[a, b], projection) in slot.iter().zip(Projection::ALL) {
                 let [out, width] = projection.base_shape(shape);
-                let noise = |count, width, filled, seed, deviation| {
-                    Noise { format: layer.format, count, width, filled, seed, deviation }
+                let noise = |count, width, filled, seed, deviation| Noise {
+                    format: layer.format,
+                    count,
+                    width,
+                    filled,
+                    seed,
+                    deviation,
                 };
                 // What a rank lacks to a multiple of 8 is zero: rows of A, columns of B.
                 noise(experts * stored * width, stored * width, rank * width, seed, root(width))
                     .write(gpu, stream, &memory, a)?;
-                noise(experts * out * stored, stored, rank, seed + 1, 0.3 * root(rank)).write(gpu, stream, &memory, b)?;
+                noise(experts * out * stored, stored, rank, seed + 1, 0.3 * root(rank))
+                    .write(gpu, stream, &memory, b)?;
                 seed += 2;
             }
         }
