@@ -5,7 +5,7 @@
 //! sources name one of [`MARKS`].
 
 use crate::kernels::nvcc;
-use crate::shell::{self, cargo, output, root};
+use crate::shell::{self, cargo, output, root, target};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -49,6 +49,12 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
     for (target, program) in executables(&mut programs)? {
         install(&program, &folder.join("bin").join(target.name))?;
     }
+    shell::run(&mut cargo(&["build", "--release", "-p", "moe-lora-c"]))?;
+    let library = "libmoe_lora_c.so";
+    install(&target().join("release").join(library), &folder.join("lib").join(library))?;
+    fs::copy(root().join("crates/moe-lora-c/include/moe_lora.h"), folder.join("lib/moe_lora.h"))?;
+    copy(&root().join("crates/moe-lora-bench/peers"), &folder.join("peers"))?;
+    copy(&root().join("docs/benchmarks/peers"), &folder.join("peers/rows"))?;
     copy(&root().join("crates/moe-lora/tests/golden"), &folder.join("golden"))?;
     fs::write(folder.join("run.sh"), RUN)?;
     executable(&folder.join("run.sh"))?;
