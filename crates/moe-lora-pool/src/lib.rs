@@ -34,14 +34,13 @@
 //! assert!(table.get(math.slot as i32, 0, Projection::Down).is_none(), "absent is no change");
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod check;
 mod config;
 #[cfg(feature = "cuda")]
-mod cuda;
+mod device_table;
 mod error;
-mod host;
 mod lease;
 mod memory;
 mod policy;
@@ -51,11 +50,12 @@ mod snapshot;
 
 pub use config::PoolConfig;
 #[cfg(feature = "cuda")]
-pub use cuda::{CudaMemory, DeviceLayer, DeviceTable};
+pub use device_table::DeviceTable;
 pub use error::PoolError;
-pub use host::HostMemory;
 pub use lease::Lease;
-pub use memory::Memory;
+#[cfg(feature = "cuda")]
+pub use memory::cuda::{CudaMemory, TableAddress};
+pub use memory::{HostMemory, Memory};
 pub use pool::AdapterPool;
 pub use snapshot::{AdapterSnapshot, PoolSnapshot};
 

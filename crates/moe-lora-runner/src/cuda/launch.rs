@@ -6,12 +6,13 @@ use super::weights::CudaWeights;
 use moe_lora_core::{Activation, LayerShape, RouterWeightPlacement};
 use moe_lora_cuda::{DeviceBuffer, Gpu, GpuError, Stream};
 use moe_lora_kernels::{AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, Launch, ShrinkParams};
+use moe_lora_pool::TableAddress;
 
 /// One batch whose inputs are in GPU memory.
 ///
 /// The caller answers for these, on which the launches rely: `places` is of the weights' shape and fits into `memory`; its
-/// inputs are there, with experts in `[-1, E)` and slots in `[-1, places.slots)`; `table` holds `places.slots * E * 3` entries
-/// for matrices of that shape and the weights' format, of ranks up to `places.max_rank`; `barrier` is a u32 that was zeroed
+/// inputs are there, with experts in `[-1, E)` and slots that are -1 or leased; `table` holds `places.slots * E * 3` entries, in
+/// these slots for matrices of that shape and the weights' format, of ranks up to `places.max_rank`; `barrier` is a u32 that was zeroed
 /// once; all of it is on `gpu`, and neither freed nor used by anybody else until `stream` is done.
 pub(super) struct Call<'a> {
     pub(super) gpu: &'a Gpu,
@@ -21,7 +22,7 @@ pub(super) struct Call<'a> {
     pub(super) memory: &'a DeviceBuffer,
     pub(super) barrier: &'a DeviceBuffer,
     /// Used if the batch uses any adapter.
-    pub(super) table: &'a DeviceBuffer,
+    pub(super) table: TableAddress,
     /// The output is f32 and not the weights' format.
     pub(super) out_f32: bool,
 }
@@ -63,7 +64,7 @@ impl Call<'_> {
     }
 
     const fn adapters(&self) -> u64 {
-        if self.places.slots > 0 { self.table.address() } else { 0 }
+        if self.places.slots > 0 { self.table.entries } else { 0 }
     }
 
     const fn shape(&self) -> &LayerShape {
@@ -88,8 +89,7 @@ impl Call<'_> {
             topk_ids: self.at(places.topk_ids),
             topk_weights: self.at(places.topk_weights),
             token_slots: if places.slots > 0 { self.at(places.token_slots) } else { 0 },
-            // The table holds only adapters that change this layer.
-            slot_active: 0,
+            slot_active: if places.slots > 0 { self.table.active } else { 0 },
             row_pair: self.at(places.row_pair),
             row_weight: self.at(places.row_weight),
             pair_row: self.at(places.pair_row),

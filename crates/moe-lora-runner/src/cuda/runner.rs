@@ -8,9 +8,7 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
 use moe_lora_core::{DType, Element, InputError, LayerShape};
 use moe_lora_cuda::{DeviceBuffer, Gpu, PinnedBuffer, Stream};
-use moe_lora_kernels::AdapterEntry;
 use moe_lora_pool::{CudaMemory, DeviceTable};
-use std::collections::HashMap;
 
 /// Runs layers of one shape on one GPU: [`MoeRunner`](crate::MoeRunner)'s other half.
 #[derive(Debug)]
@@ -23,12 +21,10 @@ pub struct CudaRunner {
     barrier: DeviceBuffer,
     /// What a batch's inputs are gathered in, so that one copy brings them all.
     inputs: PinnedBuffer,
-    /// Adapter entries of a batch; grows to the largest so far.
-    table: DeviceBuffer,
 }
 
 impl CudaRunner {
-    /// Allocates all that [`forward`](Self::forward) needs, but for 72 bytes an expert and adapter of a batch.
+    /// Allocates all that [`forward`](Self::forward) needs.
     ///
     /// # Errors
     /// If the GPU's kernels cannot run layers of these sizes, a limit is zero or beyond 2³¹ pairs, or the memory does not
@@ -41,14 +37,14 @@ impl CudaRunner {
             return Err(InputError::new(format!("{limits:?}"), "fewer than 2^31 pairs and ranks up to 2^20").into());
         }
         let max_rank = limits.max_rank.next_multiple_of(8);
-        let largest = Places::new(shape, gpu.info().sm_count, limits.max_tokens, limits.max_tokens, max_rank);
+        // However many slots a pool has.
+        let largest = Places::new(shape, gpu.info().sm_count, limits.max_tokens, i32::MAX as usize, max_rank);
         let stream = gpu.stream()?;
         let barrier = gpu.alloc(size_of::<u32>())?;
         stream.upload(&barrier, 0, &[0_u32])?;
         Ok(Self {
             memory: gpu.alloc(largest.bytes)?,
             inputs: gpu.alloc_pinned(largest.inputs)?,
-            table: gpu.alloc(0)?,
             gpu: gpu.clone(),
             stream,
             shape: *shape,
@@ -57,11 +53,10 @@ impl CudaRunner {
         })
     }
 
-    /// Bytes of the workspace in GPU memory: a function of the shape, the limits and the GPU, and of the largest number of
-    /// adapters in a batch so far.
+    /// Bytes of the workspace in GPU memory: a function of the shape, the limits and the GPU.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        self.memory.bytes() + self.barrier.bytes() + self.table.bytes()
+        self.memory.bytes() + self.barrier.bytes()
     }
 
     /// Sizes of the layers that this runner runs.
@@ -77,7 +72,7 @@ impl CudaRunner {
     }
 
     /// Computes one layer and waits for it; every value of `out` `[T, H]` is written. Hidden states of another format than
-    /// the weights' are rounded to it.
+    /// the weights' are rounded to it. Slots are those of the table's lease.
     ///
     /// # Errors
     /// If lengths, ids, ranks, formats or devices do not fit, or the GPU fails; `out` is unspecified then.
@@ -90,6 +85,7 @@ impl CudaRunner {
         batch.check(&self.shape, weights.shape(), out.len())?;
         self.check(weights, batch.adapters)?;
         check_ids(batch, &self.shape)?;
+        batch.adapters.wait_on(&self.stream)?;
         let (width, top_k, piece) = (self.shape.hidden_size, self.shape.top_k, self.limits.max_tokens);
         let tokens = batch.token_slots.chunks(piece);
         let hidden = batch.hidden.chunks(piece * width).zip(out.chunks_mut(piece * width));
@@ -107,34 +103,18 @@ impl CudaRunner {
         batch: &Batch<'_, X, &DeviceTable<'_>>,
         out: &mut [Y],
     ) -> Result<(), RunnerError> {
-        // The batch's adapters that change this layer, numbered as they appear: the pool's numbers cannot matter then.
-        let (mut layers, mut numbers) = (Vec::new(), HashMap::new());
-        let mut number = |slot: i32| match batch.adapters.layer(slot) {
-            None => -1,
-            Some(layer) => *numbers.entry(slot).or_insert_with(|| {
-                layers.push(layer);
-                layers.len() as i32 - 1
-            }),
-        };
-        let slots: Vec<i32> = batch.token_slots.iter().map(|&slot| number(slot)).collect();
-        let max_rank = layers.iter().map(|layer| layer.max_rank()).max().unwrap_or(0).next_multiple_of(8);
+        let max_rank = max_rank(batch)?.next_multiple_of(8);
+        let address = batch.adapters.address();
+        let slots = if max_rank > 0 { address.slots as usize } else { 0 };
         let tokens = batch.token_slots.len();
-        let places = Places::new(&self.shape, self.gpu.info().sm_count, tokens, layers.len(), max_rank);
+        let places = Places::new(&self.shape, self.gpu.info().sm_count, tokens, slots, max_rank);
 
         let inputs = &mut self.inputs.as_mut_slice()[..places.inputs];
         write_hidden(&mut inputs[places.hidden..], batch.hidden, weights.dtype());
         put(&mut inputs[places.topk_ids..], batch.topk_ids);
         put(&mut inputs[places.topk_weights..], batch.topk_weights);
-        put(&mut inputs[places.token_slots..], &slots);
+        put(&mut inputs[places.token_slots..], batch.token_slots);
         self.stream.upload(&self.memory, 0, inputs)?;
-        if !layers.is_empty() {
-            let entries: Vec<AdapterEntry> = layers.iter().flat_map(|layer| layer.entries()).copied().collect();
-            if self.table.bytes() < size_of_val(&entries[..]) {
-                self.table = self.gpu.alloc(size_of_val(&entries[..]).next_power_of_two())?;
-            }
-            self.stream.upload(&self.table, 0, &entries)?;
-        }
-
         let out_f32 = Y::DTYPE != weights.dtype();
         let call = Call {
             gpu: &self.gpu,
@@ -143,7 +123,7 @@ impl CudaRunner {
             places: &places,
             memory: &self.memory,
             barrier: &self.barrier,
-            table: &self.table,
+            table: address,
             out_f32,
         };
         call.launch()?;
@@ -174,6 +154,20 @@ impl CudaRunner {
     }
 }
 
+/// The largest rank that a token of the batch meets, if it leases all its slots: the table holds anything in others.
+fn max_rank<X>(batch: &Batch<'_, X, &DeviceTable<'_>>) -> Result<usize, InputError> {
+    let mut slots = batch.token_slots.to_vec();
+    slots.sort_unstable();
+    slots.dedup();
+    let rank = |slot| match slot {
+        -1 => Ok(0),
+        _ => batch.adapters.rank(slot).ok_or_else(|| {
+            InputError::new(format!("slot {slot}"), "a slot of the table's lease, or -1").in_tensor("token_slots")
+        }),
+    };
+    slots.into_iter().try_fold(0, |most, slot| Ok(rank(slot)?.max(most)))
+}
+
 /// What the processor's align refuses too: the kernels would skip it and count.
 fn check_ids<X, A>(batch: &Batch<'_, X, A>, shape: &LayerShape) -> Result<(), InputError> {
     let (experts, top_k) = (shape.num_experts, shape.top_k);
@@ -181,10 +175,6 @@ fn check_ids<X, A>(batch: &Batch<'_, X, A>, shape: &LayerShape) -> Result<(), In
     if let Some((pair, id)) = batch.topk_ids.iter().enumerate().find(|(_, id)| bad(**id)) {
         let found = format!("expert {id} for token {} at place {}", pair / top_k, pair % top_k);
         return Err(InputError::new(found, format!("-1 to {}", experts - 1)).in_tensor("topk_ids"));
-    }
-    if let Some((token, slot)) = batch.token_slots.iter().enumerate().find(|(_, slot)| **slot < -1) {
-        let found = format!("{slot} for token {token}");
-        return Err(InputError::new(found, "a slot, or -1 for the base model").in_tensor("token_slots"));
     }
     Ok(())
 }
