@@ -1,7 +1,7 @@
 //! A byte-budgeted pool of LoRA adapters: exact ranks, LRU eviction, pins, leases and atomic replace.
 //!
-//! An [`AdapterPool`] owns the adapters of one model. [`load`](AdapterPool::load) checks an adapter, packs it into one
-//! allocation of exactly the bytes that its own ranks need, in the format the model computes in, and hands out an
+//! An [`AdapterPool`] owns the adapters of one model. [`load`](AdapterPool::load) checks an adapter, packs it into exactly the
+//! bytes that its own ranks need, in the format the model computes in, and hands out an
 //! [`AdapterId`](moe_lora_core::AdapterId). A batch takes a [`Lease`]; what it leases is neither evicted nor freed until
 //! the lease drops. If the budget is full, the adapters that were not used for the longest time go, but never one that is
 //! pinned or leased. A call that fails leaves the pool as it was.
