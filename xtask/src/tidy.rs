@@ -35,6 +35,7 @@ const UNSAFE: [&str; 8] = [
     "crates/moe-lora-cuda/",
     "crates/moe-lora-files/src/map.rs",
     "crates/moe-lora-gemm/src/cpu/simd/",
+    "crates/moe-lora-pool/src/memory/cuda/upload.rs",
     "crates/moe-lora-runner/src/cuda/",
     "kernels/",
     // The list that you read.
