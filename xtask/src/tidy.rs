@@ -30,7 +30,7 @@ const NO_CUDA: [&str; 5] =
     ["moe-lora-core", "moe-lora-files", "moe-lora-reference", "moe-lora-adapter", "moe-lora-model"];
 
 /// The only places where `unsafe` may stand.
-const UNSAFE: [&str; 8] = [
+const UNSAFE: [&str; 9] = [
     "crates/moe-lora-c/src/",
     "crates/moe-lora-cuda/",
     "crates/moe-lora-files/src/map.rs",
