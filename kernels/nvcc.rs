@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs, io};
 
 /// The kernel families: one source file and one image each.
-pub(crate) const FAMILIES: [&str; 7] =
-    ["route", "shrink", "gate_up", "down", "combine", "prefill_gate_up", "prefill_down"];
+pub(crate) const FAMILIES: [&str; 9] =
+    ["route", "shrink", "gate_up", "down", "combine", "measure", "peak", "prefill_gate_up", "prefill_down"];
 
 /// Families for Hopper alone: machine code for `sm_90a` and no PTX; empty images if that is not among the architectures.
 pub(crate) const HOPPER: [&str; 2] = ["prefill_gate_up", "prefill_down"];

@@ -25,8 +25,8 @@ mod records;
 
 pub use launch::{Launch, RouteBounds};
 pub use params::{
-    AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, PrefillDownParams, PrefillGateUpParams,
-    ShrinkParams, TensorMap, TopkParams,
+    AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams, PrefillDownParams,
+    PrefillGateUpParams, ReadParams, ShrinkParams, TensorMap, TopkParams,
 };
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
@@ -52,6 +52,10 @@ pub enum Family {
     Down,
     /// Weighted sum over experts.
     Combine,
+    /// What benchmarks feed a layer with, and how fast memory is read.
+    Measure,
+    /// How fast the tensor cores multiply.
+    Peak,
     /// Gate and up where experts have many rows, on Hopper.
     PrefillGateUp,
     /// Down likewise.
@@ -60,8 +64,17 @@ pub enum Family {
 
 impl Family {
     /// All families, in the order of use; those for Hopper alone come last.
-    pub const ALL: [Self; 7] =
-        [Self::Route, Self::Shrink, Self::GateUp, Self::Down, Self::Combine, Self::PrefillGateUp, Self::PrefillDown];
+    pub const ALL: [Self; 9] = [
+        Self::Route,
+        Self::Shrink,
+        Self::GateUp,
+        Self::Down,
+        Self::Combine,
+        Self::Measure,
+        Self::Peak,
+        Self::PrefillGateUp,
+        Self::PrefillDown,
+    ];
 
     /// Whether its image is for compute capability 9.0 alone.
     #[must_use]
@@ -78,6 +91,8 @@ impl Family {
             Self::GateUp => "gate_up",
             Self::Down => "down",
             Self::Combine => "combine",
+            Self::Measure => "measure",
+            Self::Peak => "peak",
             Self::PrefillGateUp => "prefill_gate_up",
             Self::PrefillDown => "prefill_down",
         }
@@ -92,6 +107,8 @@ impl Family {
             Self::GateUp => include_bytes!(concat!(env!("OUT_DIR"), "/gate_up.fatbin")),
             Self::Down => include_bytes!(concat!(env!("OUT_DIR"), "/down.fatbin")),
             Self::Combine => include_bytes!(concat!(env!("OUT_DIR"), "/combine.fatbin")),
+            Self::Measure => include_bytes!(concat!(env!("OUT_DIR"), "/measure.fatbin")),
+            Self::Peak => include_bytes!(concat!(env!("OUT_DIR"), "/peak.fatbin")),
             Self::PrefillGateUp => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_gate_up.fatbin")),
             Self::PrefillDown => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_down.fatbin")),
         }
@@ -126,6 +143,12 @@ pub enum Kernel {
     Down(Format),
     /// `moe_lora_combine_*`.
     Combine(Format),
+    /// `moe_lora_noise_*`.
+    Noise(Format),
+    /// `moe_lora_read`.
+    Read,
+    /// `moe_lora_peak`.
+    Peak,
     /// `moe_lora_prefill_gate_up_*`.
     PrefillGateUp(Format),
     /// `moe_lora_prefill_down_*`.
@@ -134,7 +157,7 @@ pub enum Kernel {
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 18] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -145,6 +168,10 @@ impl Kernel {
         Self::Down(Format::F16),
         Self::Combine(Format::Bf16),
         Self::Combine(Format::F16),
+        Self::Noise(Format::Bf16),
+        Self::Noise(Format::F16),
+        Self::Read,
+        Self::Peak,
         Self::PrefillGateUp(Format::Bf16),
         Self::PrefillGateUp(Format::F16),
         Self::PrefillDown(Format::Bf16),
@@ -164,8 +191,11 @@ impl Kernel {
             Self::GateUp(format) => 4 + second(format),
             Self::Down(format) => 6 + second(format),
             Self::Combine(format) => 8 + second(format),
-            Self::PrefillGateUp(format) => 10 + second(format),
-            Self::PrefillDown(format) => 12 + second(format),
+            Self::Noise(format) => 10 + second(format),
+            Self::Read => 12,
+            Self::Peak => 13,
+            Self::PrefillGateUp(format) => 14 + second(format),
+            Self::PrefillDown(format) => 16 + second(format),
         }
     }
 
@@ -178,6 +208,8 @@ impl Kernel {
             Self::GateUp(_) => Family::GateUp,
             Self::Down(_) => Family::Down,
             Self::Combine(_) => Family::Combine,
+            Self::Noise(_) | Self::Read => Family::Measure,
+            Self::Peak => Family::Peak,
             Self::PrefillGateUp(_) => Family::PrefillGateUp,
             Self::PrefillDown(_) => Family::PrefillDown,
         }
@@ -197,6 +229,10 @@ impl Kernel {
             Self::Down(Format::F16) => "moe_lora_down_f16",
             Self::Combine(Format::Bf16) => "moe_lora_combine_bf16",
             Self::Combine(Format::F16) => "moe_lora_combine_f16",
+            Self::Noise(Format::Bf16) => "moe_lora_noise_bf16",
+            Self::Noise(Format::F16) => "moe_lora_noise_f16",
+            Self::Read => "moe_lora_read",
+            Self::Peak => "moe_lora_peak",
             Self::PrefillGateUp(Format::Bf16) => "moe_lora_prefill_gate_up_bf16",
             Self::PrefillGateUp(Format::F16) => "moe_lora_prefill_gate_up_f16",
             Self::PrefillDown(Format::Bf16) => "moe_lora_prefill_down_bf16",
@@ -212,7 +248,8 @@ impl Kernel {
             Self::Align => launch::align_shared(launch::MOST_EXPERTS, u32::MAX),
             Self::Shrink(_) => launch::SHRINK_SHARED,
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
-            Self::Combine(_) => 0,
+            Self::Combine(_) | Self::Noise(_) | Self::Read => 0,
+            Self::Peak => launch::PEAK_SHARED,
             Self::PrefillGateUp(_) | Self::PrefillDown(_) => launch::GROUPED_SHARED,
         }
     }

@@ -14,7 +14,7 @@ use std::{env, fs};
 /// Loads and stores of local memory.
 const LOCAL: [&str; 2] = ["LDL", "STL"];
 /// Families whose work is matrix products.
-const TENSOR_CORES: [&str; 5] = ["shrink", "gate_up", "down", "prefill_gate_up", "prefill_down"];
+const TENSOR_CORES: [&str; 6] = ["shrink", "gate_up", "down", "peak", "prefill_gate_up", "prefill_down"];
 
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     ensure!(words.is_empty(), "sass takes no arguments");
