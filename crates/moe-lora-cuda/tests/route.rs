@@ -96,7 +96,7 @@ fn check(
     assert_eq!(batch.read::<i32>(stream, batch.at.pair_row, pair_row.len())?, pair_row, "{name}: pair_row");
 
     let (mut segments, mut tiles, mut chunks) = (Vec::<DeviceSegment>::new(), Vec::<RowTile>::new(), Vec::new());
-    let mut heights = vec![0; draw.sizes.experts];
+    let mut heights = vec![0_usize; draw.sizes.experts];
     pairs.iter().for_each(|&p| heights[draw.ids[p] as usize] += 1);
     for height in &mut heights {
         *height = match (tile_rows, *height) {
