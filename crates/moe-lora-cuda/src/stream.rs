@@ -167,7 +167,7 @@ impl Stream {
     ///
     /// # Errors
     /// What `work` returned, or why it cannot be captured.
-    pub fn capture(&self, work: impl FnOnce() -> Result<(), GpuError>) -> Result<Graph, GpuError> {
+    pub fn capture<E: From<GpuError>>(&self, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.inner.begin_capture(mode).map_err(|e| GpuError::driver("cuStreamBeginCapture", e))?;
         let done = work();

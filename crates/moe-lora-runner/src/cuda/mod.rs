@@ -3,6 +3,7 @@
 mod launch;
 pub mod raw;
 mod runner;
+pub mod slices;
 mod weights;
 mod workspace;
 
