@@ -9,10 +9,14 @@ use super::raw::{self, AdapterEntry, ForwardArgs};
 use crate::RunnerError;
 use moe_lora_core::{Activation, DType, Element, InputError, LayerShape, RouterWeightPlacement};
 use moe_lora_cuda::Gpu;
-use moe_lora_cuda::cudarc::driver::{
-    CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop,
-};
+use moe_lora_cuda::cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr, DeviceSlice, SyncOnDrop, ValidAsZeroBits};
 use std::sync::Arc;
+
+pub use moe_lora_cuda::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
+
+/// A number that tensors in GPU memory are made of: f32, f16 or bf16.
+pub trait Number: Element + DeviceRepr + ValidAsZeroBits {}
+impl<T: Element + DeviceRepr + ValidAsZeroBits> Number for T {}
 
 /// The base weights of a layer, wherever the caller keeps them. `X` is bf16 or f16.
 #[derive(Debug)]
@@ -44,8 +48,6 @@ pub struct BatchSlices<'a, X> {
     pub topk_ids: CudaView<'a, i32>,
     /// `[T, k]`, used as they are.
     pub topk_weights: CudaView<'a, f32>,
-    /// The tokens' adapters; `None` is the base model alone.
-    pub adapters: Option<AdapterSlices<'a>>,
 }
 
 /// Which adapter every token has, and where the adapters are.
@@ -69,8 +71,8 @@ impl<'a> AdapterSlices<'a> {
     }
 }
 
-/// Computes one layer on `stream`; every number of `out` `[T, H]` is written. `Y` is `X` or f32. The workspace is
-/// [`workspace_bytes`](raw::workspace_bytes) long, whatever it holds.
+/// Computes one layer on `stream`; every number of `out` `[T, H]` is written. `Y` is `X` or f32. Without `adapters` it is the
+/// base model alone. The workspace is [`workspace_bytes`](raw::workspace_bytes) long, whatever it holds.
 ///
 /// # Errors
 /// Names the slice whose length, format or GPU does not fit; nothing was launched then. Or the driver's error.
@@ -79,16 +81,15 @@ pub fn forward<X: Element, Y: Element>(
     stream: &Arc<CudaStream>,
     layer: &LayerSlices<'_, X>,
     batch: &BatchSlices<'_, X>,
+    adapters: Option<&AdapterSlices<'_>>,
     workspace: &mut CudaViewMut<'_, u8>,
     out: &mut CudaViewMut<'_, Y>,
 ) -> Result<(), RunnerError> {
-    let mut args = layer.settings::<Y>()?;
     let shape = &layer.shape;
-    let tokens = batch.topk_ids.len() / shape.top_k;
-    args.num_tokens = count(tokens, "topk_ids")?;
-    on(gpu, stream, "stream")?;
-
-    let mut uses = Uses { gpu, stream, guards: Vec::with_capacity(12) };
+    check_formats::<X, Y>()?;
+    let mut uses = Uses::new(gpu, stream)?;
+    let mut args = layer.settings();
+    args.out_dtype = ForwardArgs::dtype_code(Y::DTYPE);
     let [experts, inner, width] = [shape.num_experts, shape.intermediate_size, shape.hidden_size];
     args = args
         .with_w13(uses.read("w13", &layer.w13, &[experts, 2 * inner, width])?, layer.interleaved)
@@ -98,10 +99,8 @@ pub fn forward<X: Element, Y: Element>(
         args.up_bias = uses.read("up bias", up, &[experts, inner])?;
         args.down_bias = uses.read("down bias", down, &[experts, width])?;
     }
-    args.hidden = uses.read("hidden", &batch.hidden, &[tokens, width])?;
-    args.topk_ids = uses.read("topk_ids", &batch.topk_ids, &[tokens, shape.top_k])?;
-    args.topk_weights = uses.read("topk_weights", &batch.topk_weights, &[tokens, shape.top_k])?;
-    if let Some(adapters) = &batch.adapters {
+    let tokens = uses.batch(&mut args, shape, batch)?;
+    if let Some(adapters) = adapters {
         let row = experts * 3 * size_of::<AdapterEntry>();
         let slots = adapters.table.len() / row;
         args.num_slots = count(slots, "table")?;
@@ -122,45 +121,79 @@ pub fn forward<X: Element, Y: Element>(
 
 impl<X: Element> LayerSlices<'_, X> {
     /// All that is no address.
-    fn settings<Y: Element>(&self) -> Result<ForwardArgs, InputError> {
-        if X::DTYPE == DType::F32 {
-            return Err(InputError::new("f32", "bf16 or f16").in_tensor("w13"));
-        }
-        if Y::DTYPE != X::DTYPE && Y::DTYPE != DType::F32 {
-            return Err(InputError::new(Y::DTYPE.to_string(), format!("{} or f32", X::DTYPE)).in_tensor("out"));
-        }
+    fn settings(&self) -> ForwardArgs {
         let LayerShape { num_experts, top_k, hidden_size, intermediate_size, .. } = self.shape;
-        Ok(ForwardArgs {
+        ForwardArgs {
             num_experts: num_experts as u32,
             top_k: top_k as u32,
             hidden_size: hidden_size as u32,
             intermediate_size: intermediate_size as u32,
             dtype: ForwardArgs::dtype_code(X::DTYPE),
-            out_dtype: ForwardArgs::dtype_code(Y::DTYPE),
             weigh_input: u32::from(self.router_weight == RouterWeightPlacement::Input),
             scaling: self.routed_scaling_factor,
             ..Default::default()
         }
-        .with_activation(self.activation))
+        .with_activation(self.activation)
     }
 }
 
-/// The slices of one forward: each is checked, ordered before the stream's work, and again after it.
-struct Uses<'a> {
+/// Hidden states of format `X` can become outputs of format `Y`.
+pub(super) fn check_formats<X: Element, Y: Element>() -> Result<(), InputError> {
+    if X::DTYPE == DType::F32 {
+        return Err(InputError::new("f32", "bf16 or f16").in_tensor("hidden"));
+    }
+    if Y::DTYPE != X::DTYPE && Y::DTYPE != DType::F32 {
+        return Err(InputError::new(Y::DTYPE.to_string(), format!("{} or f32", X::DTYPE)).in_tensor("out"));
+    }
+    Ok(())
+}
+
+/// The slices of one forward: each is checked, ordered before the stream's work, and again after it when this drops.
+pub(super) struct Uses<'a> {
     gpu: &'a Gpu,
-    stream: &'a Arc<CudaStream>,
+    stream: &'a CudaStream,
     guards: Vec<SyncOnDrop<'a>>,
 }
 
 impl<'a> Uses<'a> {
-    fn read<T>(&mut self, name: &str, slice: &'a CudaView<'_, T>, shape: &[usize]) -> Result<u64, InputError> {
+    pub(super) fn new(gpu: &'a Gpu, stream: &'a CudaStream) -> Result<Self, InputError> {
+        on(gpu, stream, "stream")?;
+        Ok(Self { gpu, stream, guards: Vec::with_capacity(12) })
+    }
+
+    /// Sets a batch's addresses, and returns its number of tokens.
+    pub(super) fn batch<X>(
+        &mut self,
+        args: &mut ForwardArgs,
+        shape: &LayerShape,
+        batch: &'a BatchSlices<'_, X>,
+    ) -> Result<usize, InputError> {
+        let tokens = batch.topk_ids.len() / shape.top_k;
+        args.num_tokens = count(tokens, "topk_ids")?;
+        args.hidden = self.read("hidden", &batch.hidden, &[tokens, shape.hidden_size])?;
+        args.topk_ids = self.read("topk_ids", &batch.topk_ids, &[tokens, shape.top_k])?;
+        args.topk_weights = self.read("topk_weights", &batch.topk_weights, &[tokens, shape.top_k])?;
+        Ok(tokens)
+    }
+
+    pub(super) fn read<T>(
+        &mut self,
+        name: &str,
+        slice: &'a CudaView<'_, T>,
+        shape: &[usize],
+    ) -> Result<u64, InputError> {
         self.check(name, slice, shape)?;
         let (address, guard) = slice.device_ptr(self.stream);
         self.guards.push(guard);
         Ok(address)
     }
 
-    fn write<T>(&mut self, name: &str, slice: &'a mut CudaViewMut<'_, T>, shape: &[usize]) -> Result<u64, InputError> {
+    pub(super) fn write<T>(
+        &mut self,
+        name: &str,
+        slice: &'a mut CudaViewMut<'_, T>,
+        shape: &[usize],
+    ) -> Result<u64, InputError> {
         self.check(name, slice, shape)?;
         let (address, guard) = slice.device_ptr_mut(self.stream);
         self.guards.push(guard);
@@ -175,7 +208,7 @@ impl<'a> Uses<'a> {
     }
 }
 
-fn on(gpu: &Gpu, stream: &CudaStream, name: &str) -> Result<(), InputError> {
+pub(super) fn on(gpu: &Gpu, stream: &CudaStream, name: &str) -> Result<(), InputError> {
     let found = stream.context();
     if found != gpu.context() {
         let ordinals = [found, gpu.context()].map(|context| format!("cuda:{}", context.ordinal()));

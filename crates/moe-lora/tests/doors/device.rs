@@ -6,7 +6,7 @@ use moe_lora::reference::random::Case;
 use moe_lora::slices::{self, AdapterSlices, BatchSlices, LayerSlices};
 use moe_lora::{AdapterLayer, Element, Lora, RouterWeightPlacement, RunnerError};
 use moe_lora_cuda::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DeviceRepr};
-use moe_lora_cuda::{Gpu, Stream};
+use moe_lora_cuda::{Gpu, Graph, Stream};
 use std::sync::Arc;
 
 /// bf16 or f16 as both cudarc and the reference know it.
@@ -201,15 +201,23 @@ impl<T: Number> OnDevice<T> {
     }
 
     /// Through the raw door; it is on its way when this returns.
-    pub(crate) fn launch(&self, lora: bool) -> Result<(), RunnerError> {
+    pub(crate) fn launch(&self, lora: bool) {
         // SAFETY: all addresses are `self`'s own, in the sizes of its case, and used on `self`'s stream alone.
-        unsafe { raw::forward(&self.gpu, &self.args(lora)) }
+        unsafe { raw::forward(&self.gpu, &self.args(lora)) }.unwrap();
+    }
+
+    /// The same as a graph.
+    pub(crate) fn capture(&self, lora: bool) -> Graph {
+        // Before the capture: asking cudarc for an address makes the stream wait for what wrote there.
+        let args = self.args(lora);
+        // SAFETY: as above.
+        self.stream.capture(|| unsafe { raw::forward(&self.gpu, &args) }).unwrap()
     }
 
     /// Through the raw door, into NaN.
     pub(crate) fn raw(&mut self, lora: bool) -> Vec<T> {
         self.poison();
-        self.launch(lora).unwrap();
+        self.launch(lora);
         self.output()
     }
 
@@ -242,12 +250,12 @@ impl<T: Number> OnDevice<T> {
             hidden: self.hidden.view(),
             topk_ids: self.topk_ids.view(),
             topk_weights: self.topk_weights.view(),
-            adapters: lora.then_some(adapters),
         };
+        let adapters = lora.then_some(&adapters);
         let mut workspace = self.workspace.memory.slice_mut(0..self.workspace.len);
         let mut out = self.out.memory.slice_mut(0..self.out.len);
         let stream = Arc::clone(self.stream.cudarc());
-        slices::forward(&self.gpu, &stream, &layer, &batch, &mut workspace, &mut out)?;
+        slices::forward(&self.gpu, &stream, &layer, &batch, adapters, &mut workspace, &mut out)?;
         Ok(self.output())
     }
 }

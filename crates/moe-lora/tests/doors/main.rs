@@ -3,17 +3,16 @@
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
 mod device;
+mod safe;
 
 use device::{Number, OnDevice};
 use half::{bf16, f16};
 use moe_lora::raw;
 use moe_lora::reference::metrics::relative_error;
-use moe_lora::reference::random::{AdapterMix, AdapterSpec, Case, CaseSpec, RoutingMix};
-use moe_lora::{
-    Activation, AdapterPool, AdapterTable, AdapterWeights, DType, Device, FusedMoEWithLoRA, LayerShape, Limits,
-    ModelShape, PoolConfig, RouterWeightPlacement, Routing, TokenAdapters,
-};
+use moe_lora::reference::random::{AdapterMix, AdapterSpec, CaseSpec, RoutingMix};
+use moe_lora::{Activation, AdapterTable, DType, LayerShape, Limits, RouterWeightPlacement};
 use moe_lora_cuda::testing;
+use safe::Server;
 
 /// Six adapters of all kinds in a layer of 16 experts.
 fn spec(tokens: usize, dtype: DType) -> CaseSpec {
@@ -26,23 +25,6 @@ fn spec(tokens: usize, dtype: DType) -> CaseSpec {
 }
 
 const MAX_RANK: usize = 64;
-
-/// The safe door, into NaN.
-fn safe<T: Number>(case: &Case) -> Vec<T> {
-    let device = Device::cuda(0).unwrap();
-    let model = ModelShape::uniform(case.spec.shape, 1, case.spec.weight_dtype);
-    let pool = AdapterPool::new(&device, &model, PoolConfig::default()).unwrap();
-    let adapter = |layer: &moe_lora::AdapterLayer| AdapterWeights::new(&model, [(0, layer.clone())].into()).unwrap();
-    let ids: Vec<_> =
-        case.adapters.iter().enumerate().map(|(n, a)| pool.load(&n.to_string(), adapter(a)).unwrap()).collect();
-    let limits = Limits { max_tokens: 512, max_rank: MAX_RANK };
-    let layer = FusedMoEWithLoRA::with_limits(0, case.weights.clone(), &device, &pool, limits).unwrap();
-    let tokens: Vec<_> = case.token_slots.iter().map(|s| usize::try_from(*s).ok().map(|s| ids[s])).collect();
-    let mut out = vec![T::from_f32(f32::NAN); case.hidden.len()];
-    let routing = Routing::Selected { topk_ids: &case.topk_ids, topk_weights: &case.topk_weights };
-    layer.forward(&case.hidden_as::<T>(), routing, &TokenAdapters::from_ids(&tokens), &mut out).unwrap();
-    out
-}
 
 fn agree<T: Number>(gpu: &moe_lora_cuda::Gpu) {
     // 300 tokens are more pairs than one block of align sorts.
@@ -62,7 +44,12 @@ fn agree<T: Number>(gpu: &moe_lora_cuda::Gpu) {
             let mut device = OnDevice::<T>::new(gpu, &case, 9, MAX_RANK);
             let found = device.raw(true);
             assert!(found == device.sliced(true).unwrap(), "raw and cudarc: {what}");
-            assert!(found == safe::<T>(&case), "raw and safe: {what}");
+            assert!(
+                found
+                    == Server::new::<T>(&case, Limits { max_tokens: 512, max_rank: MAX_RANK })
+                        .serve::<T>(&case, &case.token_slots),
+                "raw and safe: {what}"
+            );
             let base = device.raw(false);
             assert!(base == device.sliced(false).unwrap(), "raw and cudarc, base only: {what}");
             for (t, slot) in case.token_slots.iter().enumerate().filter(|(_, slot)| **slot < 0) {
@@ -122,7 +109,6 @@ fn what_does_not_fit_is_named_before_anything_runs() {
     assert!(refused(|a| a.workspace_bytes -= 256).starts_with("workspace_bytes: found"));
     assert!(refused(|a| a.max_rank += 1).starts_with("workspace_bytes: found"));
     assert!(refused(|a| a.out = a.hidden).starts_with("out: found"));
-    assert!(device.stream.capture(|| device.launch(false)).is_ok());
     assert!(raw::workspace_bytes(&gpu, &LayerShape::new(2, 2, 12, 8).unwrap(), 1, 1, 8).is_err());
 }
 
@@ -136,7 +122,7 @@ fn fifty_replays_keep_their_bits_under_noise() {
     for tokens in [1, 40, 300] {
         let first = spec(tokens, DType::Bf16).build(7);
         let mut device = OnDevice::<bf16>::new(&gpu, &first, 4, MAX_RANK);
-        let graph = device.stream.capture(|| device.launch(true)).unwrap();
+        let graph = device.capture(true);
         let mixes = [AdapterMix::Mixed, AdapterMix::AllBase, AdapterMix::RoundRobin, AdapterMix::Runs];
         let routings = [RoutingMix::Uniform, RoutingMix::AllOnOne, RoutingMix::Skewed, RoutingMix::ForeignExperts];
         let tables = [[Some(0), Some(1), None, Some(3)], [Some(4), Some(2), Some(5), Some(0)], [None; 4]];
@@ -152,7 +138,7 @@ fn fifty_replays_keep_their_bits_under_noise() {
             device.poison();
             for _ in 0..2 {
                 noise.stream.fill(&traffic, 0, traffic.bytes(), replay as u8).unwrap();
-                noise.launch(true).unwrap();
+                noise.launch(true);
             }
             graph.launch().unwrap();
             assert!(device.output() == eager, "replay {replay} of {tokens} tokens");
