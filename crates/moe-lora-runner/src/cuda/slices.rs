@@ -8,11 +8,11 @@
 use super::raw::{self, AdapterEntry, ForwardArgs};
 use crate::RunnerError;
 use moe_lora_core::{Activation, DType, Element, InputError, LayerShape, RouterWeightPlacement};
-use moe_lora_cuda::Gpu;
 use moe_lora_cuda::cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr, DeviceSlice, SyncOnDrop, ValidAsZeroBits};
 use std::sync::Arc;
 
 pub use moe_lora_cuda::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
+pub use moe_lora_cuda::{Gpu, GpuError, cudarc};
 
 /// A number that tensors in GPU memory are made of: f32, f16 or bf16.
 pub trait Number: Element + DeviceRepr + ValidAsZeroBits {}
