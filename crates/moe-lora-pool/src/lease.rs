@@ -6,7 +6,9 @@ use crate::device_table::DeviceTable;
 use crate::memory::{Block, Memory};
 use crate::policy::Hold;
 use crate::shared::Shared;
-use moe_lora_core::{AdapterTable, InputError};
+use moe_lora_core::AdapterTable;
+#[cfg(feature = "cuda")]
+use moe_lora_core::InputError;
 #[cfg(feature = "cuda")]
 use moe_lora_cuda::Stream;
 use std::fmt;
@@ -51,18 +53,16 @@ impl Lease {
                 let len = self.held.iter().map(|(hold, _)| hold.slot as usize + 1).max().unwrap_or(0);
                 let mut slots = vec![None; len];
                 for (hold, block) in &self.held {
-                    #[cfg_attr(
-                        not(feature = "cuda"),
-                        expect(irrefutable_let_patterns, reason = "with a GPU there are two")
-                    )]
-                    if let (Some(slot), Block::Host(weights)) = (slots.get_mut(hold.slot as usize), &**block) {
-                        *slot = weights.layers().get(&layer);
+                    if let Some(slot) = slots.get_mut(hold.slot as usize) {
+                        *slot = block.host().and_then(|weights| weights.layers().get(&layer));
                     }
                 }
                 Ok(AdapterTable::new(slots))
             }
             #[cfg(feature = "cuda")]
-            Memory::Cuda(_) => Err(self.elsewhere("a pool in the host's memory")),
+            Memory::Cuda(_) => {
+                Err(InputError::new(format!("a pool on {}", self.shared.memory), "a pool in the host's memory").into())
+            }
         }
     }
 
@@ -72,10 +72,6 @@ impl Lease {
     #[must_use]
     pub fn device_slots(&self) -> &[i32] {
         &self.rows
-    }
-
-    fn elsewhere(&self, expected: &str) -> PoolError {
-        InputError::new(format!("a pool on {}", self.shared.memory), expected).into()
     }
 }
 

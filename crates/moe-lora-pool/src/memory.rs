@@ -84,8 +84,8 @@ pub(crate) enum Block {
 
 impl Store {
     /// Fails if adapters of the model cannot be used from the memory.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the host takes any model"))]
     pub(crate) fn new(memory: &Memory, shape: &ModelShape, config: &PoolConfig) -> Result<Self, PoolError> {
-        let _ = config;
         match memory {
             Memory::Host(memory) => Ok(Self::Host(*memory)),
             #[cfg(feature = "cuda")]
@@ -97,6 +97,7 @@ impl Store {
     }
 
     /// The most versions of adapters at a time.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the host has no tables"))]
     pub(crate) const fn rows(&self, config: &PoolConfig) -> usize {
         match self {
             Self::Host(_) => usize::MAX,
@@ -161,6 +162,15 @@ impl Store {
 }
 
 impl Block {
+    /// The adapter, if it is in the host's memory.
+    pub(crate) const fn host(&self) -> Option<&AdapterWeights> {
+        match self {
+            Self::Host(weights) => Some(weights),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => None,
+        }
+    }
+
     /// Whether another block took its memory.
     pub(crate) fn is_gone(&self) -> bool {
         match self {
