@@ -147,7 +147,7 @@ impl CudaRunner {
         let stream = captured.stream.clone();
         adapters.wait_on(&stream)?;
         self.begin(&stream)?;
-        {
+        let launched = {
             let CapturedForward { graph, hidden, topk_ids, topk_weights, token_slots, out, .. } = captured;
             let queue = stream.cudarc();
             // The stream waits for who wrote the inputs or still reads the output; who comes next waits for the stream.
@@ -155,11 +155,10 @@ impl CudaRunner {
             let (_out, (token_slots, _slots)) = (out.device_ptr_mut(queue), token_slots.device_ptr_mut(queue));
             #[allow(unsafe_code, reason = "writes to a slice of the graph's own")]
             // SAFETY: as many slots as tokens, in stream order behind the last replay.
-            unsafe {
-                stream.upload_address(token_slots, slots)?;
-            }
-            graph.launch()?;
-        }
-        self.end(stream)
+            let slots = unsafe { stream.upload_address(token_slots, slots) };
+            slots.and_then(|()| graph.launch())
+        };
+        self.end(stream)?;
+        Ok(launched?)
     }
 }

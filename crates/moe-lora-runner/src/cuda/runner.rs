@@ -119,7 +119,7 @@ impl CudaRunner {
         check_format::<X, Y>(weights)?;
         let (gpu, own) = (self.gpu.clone(), Stream::from(Arc::clone(stream)));
         let mut uses = Uses::new(&gpu, stream)?;
-        let mut whole = ForwardArgs::default();
+        let mut whole = ForwardArgs { out_dtype: ForwardArgs::dtype_code(Y::DTYPE), ..Default::default() };
         let (shape, slots) = (self.shape, adapters.token_slots());
         let tokens = uses.batch(&mut whole, &shape, batch)?;
         whole.out = uses.write("out", out, &[tokens, shape.hidden_size])?;
@@ -129,34 +129,49 @@ impl CudaRunner {
         }
         adapters.wait_on(&own)?;
         self.begin(&own)?;
-        for (n, slots) in slots.chunks(self.limits.max_tokens).enumerate() {
+        let launched = self.pieces_on(&own, weights, adapters, &whole, [size_of::<X>(), size_of::<Y>()]);
+        self.end(own)?;
+        launched
+    }
+
+    /// The pieces of a batch whose addresses are in `whole`, of numbers of `bytes` in and out.
+    fn pieces_on(
+        &self,
+        stream: &Stream,
+        weights: &CudaWeights,
+        adapters: &DeviceTable<'_>,
+        whole: &ForwardArgs,
+        bytes: [usize; 2],
+    ) -> Result<(), RunnerError> {
+        let LayerShape { top_k, hidden_size, .. } = self.shape;
+        for (n, slots) in adapters.token_slots().chunks(self.limits.max_tokens).enumerate() {
             let first = n * self.limits.max_tokens;
-            let places = Tensors::new(slots.len(), shape.top_k, shape.hidden_size);
+            let places = Tensors::new(slots.len(), top_k, hidden_size);
             let token_slots = self.tensors.address() + places.token_slots as u64;
             let at = |address: u64, width: usize, bytes: usize| address + (first * width * bytes) as u64;
             let args = ForwardArgs {
-                stream: own.handle(),
-                hidden: at(whole.hidden, shape.hidden_size, size_of::<X>()),
-                topk_ids: at(whole.topk_ids, shape.top_k, size_of::<i32>()),
-                topk_weights: at(whole.topk_weights, shape.top_k, size_of::<f32>()),
+                stream: stream.handle(),
+                hidden: at(whole.hidden, hidden_size, bytes[0]),
+                topk_ids: at(whole.topk_ids, top_k, size_of::<i32>()),
+                topk_weights: at(whole.topk_weights, top_k, size_of::<f32>()),
                 token_slots,
-                out: at(whole.out, shape.hidden_size, size_of::<Y>()),
+                out: at(whole.out, hidden_size, bytes[1]),
                 num_tokens: slots.len() as u32,
                 num_slots: if changes(slots, adapters)? { adapters.address().slots } else { 0 },
-                out_dtype: ForwardArgs::dtype_code(Y::DTYPE),
+                out_dtype: whole.out_dtype,
                 ..self.args(weights, adapters)
             };
             #[allow(unsafe_code, reason = "meets the raw door")]
-            // SAFETY: the slices are of these lengths, and their guards order other uses behind this one; the slots' place is
-            // the runner's own, which `begin` and `end` keep to one stream at a time; the table's slots are leased and the
+            // SAFETY: `forward_on` has measured the slices, and its guards order other uses behind this one; the slots' place
+            // is the runner's own, which `begin` and `end` keep to one stream at a time; the table's slots are leased, the
             // stream has waited for them, and the lease records an event on the stream when it drops. Weights and runner free
             // their memory only when the GPU is done.
             unsafe {
-                own.upload_address(token_slots, slots)?;
+                stream.upload_address(token_slots, slots)?;
                 raw::forward(&self.gpu, &args)?;
             }
         }
-        self.end(own)
+        Ok(())
     }
 
     /// Makes `stream` wait for whoever used the workspace before.
@@ -240,6 +255,10 @@ impl CudaRunner {
             if found != ordinal {
                 return Err(InputError::new(format!("cuda:{found}"), format!("cuda:{ordinal}")).in_tensor(name));
             }
+        }
+        if *weights.shape() != self.shape {
+            let (found, want) = (format!("{:?}", weights.shape()), format!("{:?}", self.shape));
+            return Err(InputError::new(found, want).in_tensor("layer weights"));
         }
         let (found, want) = ((adapters.shape(), adapters.dtype()), (weights.shape(), weights.dtype()));
         if found != want {
