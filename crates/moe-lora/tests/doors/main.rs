@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use moe_lora::raw;
 use moe_lora::reference::metrics::relative_error;
 use moe_lora::reference::random::{AdapterMix, AdapterSpec, CaseSpec, RoutingMix};
-use moe_lora::{Activation, AdapterTable, DType, LayerShape, Limits, RouterWeightPlacement};
+use moe_lora::{Activation, AdapterTable, DType, Device, LayerShape, Limits, RouterWeightPlacement};
 use moe_lora_cuda::testing;
 use safe::Server;
 
@@ -26,7 +26,8 @@ fn spec(tokens: usize, dtype: DType) -> CaseSpec {
 
 const MAX_RANK: usize = 64;
 
-fn agree<T: Number>(gpu: &moe_lora_cuda::Gpu) {
+fn agree<T: Number>(device: &Device) {
+    let gpu = device.gpu().unwrap();
     // 300 tokens are more pairs than one block of align sorts.
     for (seed, tokens) in [0, 1, 7, 48, 300].into_iter().enumerate() {
         let plain = spec(tokens, T::DTYPE);
@@ -41,31 +42,31 @@ fn agree<T: Number>(gpu: &moe_lora_cuda::Gpu) {
         let llama = CaseSpec { router_weight: RouterWeightPlacement::Input, mix: AdapterMix::Runs, ..plain.clone() };
         for (name, spec) in [("plain", plain), ("gpt-oss", gpt_oss), ("llama", llama)] {
             let (case, what) = (spec.build(seed as u64), format!("{name}, {tokens} tokens"));
-            let mut device = OnDevice::<T>::new(gpu, &case, 9, MAX_RANK);
-            let found = device.raw(true);
-            assert!(found == device.sliced(true).unwrap(), "raw and cudarc: {what}");
+            let mut engine = OnDevice::<T>::new(gpu, &case, 9, MAX_RANK);
+            let found = engine.raw(true);
+            assert!(found == engine.sliced(true).unwrap(), "raw and cudarc: {what}");
             assert!(
                 found
-                    == Server::new::<T>(&case, Limits { max_tokens: 512, max_rank: MAX_RANK })
+                    == Server::new::<T>(device, &case, Limits { max_tokens: 512, max_rank: MAX_RANK })
                         .serve::<T>(&case, &case.token_slots),
                 "raw and safe: {what}"
             );
-            let base = device.raw(false);
-            assert!(base == device.sliced(false).unwrap(), "raw and cudarc, base only: {what}");
+            let base = engine.raw(false);
+            assert!(base == engine.sliced(false).unwrap(), "raw and cudarc, base only: {what}");
             for (t, slot) in case.token_slots.iter().enumerate().filter(|(_, slot)| **slot < 0) {
                 assert!(found[t * 256..][..256] == base[t * 256..][..256], "base token {t} of slot {slot}: {what}");
             }
-            device.fill_table(&[]);
-            assert!(base == device.raw(true), "empty slots: {what}");
+            engine.fill_table(&[]);
+            assert!(base == engine.raw(true), "empty slots: {what}");
         }
     }
 }
 
 #[test]
 fn all_doors_give_the_same_bits() {
-    let Some(gpu) = testing::gpu("doors") else { return };
-    agree::<bf16>(&gpu);
-    agree::<f16>(&gpu);
+    let Some(device) = safe::device("doors") else { return };
+    agree::<bf16>(&device);
+    agree::<f16>(&device);
 }
 
 #[test]
@@ -126,10 +127,14 @@ fn fifty_replays_keep_their_bits_under_noise() {
         let mixes = [AdapterMix::Mixed, AdapterMix::AllBase, AdapterMix::RoundRobin, AdapterMix::Runs];
         let routings = [RoutingMix::Uniform, RoutingMix::AllOnOne, RoutingMix::Skewed, RoutingMix::ForeignExperts];
         let tables = [[Some(0), Some(1), None, Some(3)], [Some(4), Some(2), Some(5), Some(0)], [None; 4]];
+        let batches: Vec<_> = (0..8)
+            .map(|n| {
+                let (mix, routing) = (mixes[n % 4], routings[(n + n / 4) % 4]);
+                CaseSpec { mix, routing, ..spec(tokens, DType::Bf16) }.build(100 + n as u64)
+            })
+            .collect();
         for replay in 0..50 {
-            let (mix, routing) = (mixes[replay % 4], routings[replay / 4 % 4]);
-            let spec = CaseSpec { mix, routing, ..spec(tokens, DType::Bf16) };
-            let mut batch = spec.build(100 + replay as u64);
+            let mut batch = batches[replay % 8].clone();
             batch.token_slots.iter_mut().for_each(|slot| *slot = (*slot).min(3));
             let table = tables[replay / 3 % 3];
             device.set_batch(&batch);

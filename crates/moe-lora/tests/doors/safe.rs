@@ -13,6 +13,11 @@ use moe_lora_cuda::cudarc::driver::DevicePtr;
 use moe_lora_cuda::{Stream, testing};
 use std::sync::Arc;
 
+/// GPU 0, or `None` after a loud word.
+pub(crate) fn device(test: &str) -> Option<Device> {
+    testing::gpu(test).map(|_| Device::cuda(0).unwrap())
+}
+
 /// A case's layer with its adapters in a pool.
 pub(crate) struct Server {
     model: ModelShape,
@@ -24,11 +29,10 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    pub(crate) fn new<T: Number>(case: &Case, limits: Limits) -> Self {
-        let device = Device::cuda(0).unwrap();
+    pub(crate) fn new<T: Number>(device: &Device, case: &Case, limits: Limits) -> Self {
         let model = ModelShape::uniform(case.spec.shape, 1, T::DTYPE);
-        let pool = AdapterPool::new(&device, &model, PoolConfig::default()).unwrap();
-        let layer = FusedMoEWithLoRA::with_limits(0, case.weights.clone(), &device, &pool, limits).unwrap();
+        let pool = AdapterPool::new(device, &model, PoolConfig::default()).unwrap();
+        let layer = FusedMoEWithLoRA::with_limits(0, case.weights.clone(), device, &pool, limits).unwrap();
         let stream = Arc::clone(device.gpu().unwrap().stream().unwrap().cudarc());
         let mut server = Self { model, pool, layer, stream, ids: Vec::new() };
         server.ids = (0..case.adapters.len()).map(|n| server.load(&n.to_string(), case, n)).collect();
@@ -82,12 +86,12 @@ impl Server {
     }
 }
 
-fn on_the_gpu<T: Number>() {
+fn on_the_gpu<T: Number>(device: &Device) {
     for tokens in [0, 1, 40, 300] {
         let case = spec(tokens, T::DTYPE).build(3);
         // The last one runs in pieces.
         for max_tokens in [512, 13] {
-            let server = Server::new::<T>(&case, Limits { max_tokens, max_rank: MAX_RANK });
+            let server = Server::new::<T>(device, &case, Limits { max_tokens, max_rank: MAX_RANK });
             let want = server.serve::<T>(&case, &case.token_slots);
             let other = Arc::clone(server.stream.context().new_stream().as_ref().unwrap());
             // Two streams take turns at the workspace, and with the host's forwards.
@@ -104,46 +108,52 @@ fn on_the_gpu<T: Number>() {
 
 #[test]
 fn tensors_on_the_gpu_give_the_bits_of_the_host() {
-    let Some(_gpu) = testing::gpu("tensors on the GPU") else { return };
-    on_the_gpu::<bf16>();
-    on_the_gpu::<f16>();
+    let Some(device) = device("tensors on the GPU") else { return };
+    on_the_gpu::<bf16>(&device);
+    on_the_gpu::<f16>(&device);
 }
 
 /// Other tokens, experts and adapters in every replay, also adapters that are loaded, replaced or unloaded in between.
 #[test]
 fn a_layers_graph_serves_adapters_that_come_and_go() {
-    let Some(_gpu) = testing::gpu("a layer's graph") else { return };
+    let Some(device) = device("a layer's graph") else { return };
     for tokens in [1, 40, 300] {
         let case = spec(tokens, DType::Bf16).build(3);
-        let mut server = Server::new::<bf16>(&case, Limits { max_tokens: 512, max_rank: MAX_RANK });
+        let mut server = Server::new::<bf16>(&device, &case, Limits { max_tokens: 512, max_rank: MAX_RANK });
         let stream = Arc::clone(&server.stream);
         let mut graph = server.layer.capture::<bf16, bf16>(&stream, tokens).unwrap();
         let mixes = [AdapterMix::Mixed, AdapterMix::AllBase, AdapterMix::Runs, AdapterMix::RoundRobin];
         let routings = [RoutingMix::Uniform, RoutingMix::ForeignExperts, RoutingMix::AllOnOne, RoutingMix::Skewed];
+        let batches: Vec<_> = (0..8)
+            .map(|n| {
+                let (mix, routing) = (mixes[n % 4], routings[(n + n / 4) % 4]);
+                CaseSpec { mix, routing, ..spec(tokens, DType::Bf16) }.build(100 + n as u64)
+            })
+            .collect();
         for turn in 0..50 {
-            let (mix, routing) = (mixes[turn % 4], routings[turn / 4 % 4]);
-            let batch = CaseSpec { mix, routing, ..spec(tokens, DType::Bf16) }.build(100 + turn as u64);
+            let batch = &batches[turn % 8];
             let slot = turn % 6;
             match turn % 5 {
                 1 => {
                     server.pool.unload(server.ids[slot]).unwrap();
-                    server.ids[slot] = server.load(&format!("{slot} of turn {turn}"), &batch, slot);
+                    server.ids[slot] = server.load(&format!("{slot} of turn {turn}"), batch, slot);
                 }
-                3 => server.ids[slot] = server.load(&format!("also {slot} of turn {turn}"), &batch, slot),
+                3 => server.ids[slot] = server.load(&format!("also {slot} of turn {turn}"), batch, slot),
                 _ => {}
             }
-            let found = server.replay(&mut graph, &batch, &batch.token_slots);
-            assert!(found == server.serve::<bf16>(&batch, &batch.token_slots), "turn {turn}, {tokens} tokens");
-            assert!(found == server.resident::<bf16>(&stream, &batch, &batch.token_slots), "turn {turn}, on the GPU");
+            let found = server.replay(&mut graph, batch, &batch.token_slots);
+            assert!(found == server.serve::<bf16>(batch, &batch.token_slots), "turn {turn}, {tokens} tokens");
+            assert!(found == server.resident::<bf16>(&stream, batch, &batch.token_slots), "turn {turn}, on the GPU");
         }
     }
 }
 
 #[test]
 fn what_the_gpu_cannot_take_is_named() {
-    let Some(gpu) = testing::gpu("refusals of the safe door") else { return };
+    let Some(device) = device("refusals of the safe door") else { return };
+    let gpu = device.gpu().unwrap();
     let case = spec(20, DType::Bf16).build(3);
-    let server = Server::new::<bf16>(&case, Limits { max_tokens: 32, max_rank: MAX_RANK });
+    let server = Server::new::<bf16>(&device, &case, Limits { max_tokens: 32, max_rank: MAX_RANK });
     let (stream, layer) = (&server.stream, &server.layer);
     let line = |result: Result<(), moe_lora::LayerError>| {
         let error = result.unwrap_err();
