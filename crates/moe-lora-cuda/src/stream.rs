@@ -297,6 +297,10 @@ impl std::fmt::Debug for Graph {
 }
 
 impl Graph {
+    pub(crate) fn raw(&self) -> sys::CUgraph {
+        self.inner.cu_graph()
+    }
+
     /// Runs the captured work once, on the stream it was captured on.
     ///
     /// # Errors
