@@ -115,7 +115,7 @@ fn check(
         if opens {
             segments.push(DeviceSegment { expert, slot, first_row: row, end_row: row });
         }
-        if (row - expert_first) as usize % heights[expert as usize] == 0 {
+        if ((row - expert_first) as usize).is_multiple_of(heights[expert as usize]) {
             tiles.push(RowTile { expert, first_row: row, num_rows: 0, first_segment: segments.len() as u32 - 1 });
         }
         if slot >= 0 && (opens || (row - expert_first) % 32 == 0) {
