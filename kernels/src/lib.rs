@@ -24,7 +24,7 @@ pub mod params;
 mod records;
 
 pub use launch::{Launch, RouteBounds};
-pub use params::{AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, ShrinkParams, TopkParams};
+pub use params::{AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, ShrinkParams, TopkParams};
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
 /// The number format of activations and weights.
@@ -108,11 +108,13 @@ pub enum Kernel {
     Down(Format),
     /// `moe_lora_combine_*`.
     Combine(Format),
+    /// `moe_lora_align_block`.
+    AlignBlock,
 }
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -123,6 +125,7 @@ impl Kernel {
         Self::Down(Format::F16),
         Self::Combine(Format::Bf16),
         Self::Combine(Format::F16),
+        Self::AlignBlock,
     ];
 
     /// Its place in [`ALL`](Self::ALL).
@@ -138,6 +141,7 @@ impl Kernel {
             Self::GateUp(format) => 4 + second(format),
             Self::Down(format) => 6 + second(format),
             Self::Combine(format) => 8 + second(format),
+            Self::AlignBlock => 10,
         }
     }
 
@@ -145,7 +149,7 @@ impl Kernel {
     #[must_use]
     pub const fn family(self) -> Family {
         match self {
-            Self::Topk | Self::Align => Family::Route,
+            Self::Topk | Self::Align | Self::AlignBlock => Family::Route,
             Self::Shrink(_) => Family::Shrink,
             Self::GateUp(_) => Family::GateUp,
             Self::Down(_) => Family::Down,
@@ -159,6 +163,7 @@ impl Kernel {
         match self {
             Self::Topk => "moe_lora_topk",
             Self::Align => "moe_lora_align",
+            Self::AlignBlock => "moe_lora_align_block",
             Self::Shrink(Format::Bf16) => "moe_lora_shrink_bf16",
             Self::Shrink(Format::F16) => "moe_lora_shrink_f16",
             Self::GateUp(Format::Bf16) => "moe_lora_gate_up_bf16",
@@ -175,7 +180,7 @@ impl Kernel {
     pub const fn most_shared_bytes(self) -> u32 {
         match self {
             Self::Topk => launch::topk_shared(launch::MOST_EXPERTS),
-            Self::Align => launch::align_shared(launch::MOST_EXPERTS, u32::MAX),
+            Self::Align | Self::AlignBlock => launch::align_shared(launch::MOST_EXPERTS, u32::MAX),
             Self::Shrink(_) => launch::SHRINK_SHARED,
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
             Self::Combine(_) => 0,

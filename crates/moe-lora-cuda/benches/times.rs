@@ -132,6 +132,9 @@ fn main() -> Result<(), GpuError> {
             if model.experts == 256 && rank == 64 {
                 continue;
             }
+            if std::env::var("TIMES_ONLY").is_ok_and(|only| !only.contains(&format!("{slots}x{rank}"))) {
+                continue;
+            }
             let layer = layer(&gpu, &stream, model, slots, rank)?;
             for tokens in [1, 4, 16, 64, 256, 1024, 4096, 8192] {
                 row(&gpu, &stream, &flush, model, &layer, tokens)?;
