@@ -24,7 +24,9 @@ pub mod params;
 mod records;
 
 pub use launch::{Launch, RouteBounds};
-pub use params::{AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, ShrinkParams, TopkParams};
+pub use params::{
+    AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, ShrinkParams, TopkParams,
+};
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
 /// The number format of activations and weights.
