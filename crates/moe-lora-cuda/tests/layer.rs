@@ -156,7 +156,7 @@ fn check_neighbours<T: Element>(gpu: &Gpu, stream: &Stream) -> Result<(), GpuErr
         let layer = Layer::from_case::<T>(gpu, stream, &case)?;
         let all = forward::<T>(gpu, stream, &layer, &batch_of::<T>(gpu, stream, &layer, &case)?, true, true)?;
         for piece in [1, 7, 33, 150] {
-            for first in [0, tokens / 2, tokens - piece] {
+            for first in [0, (tokens - piece) / 2, tokens - piece] {
                 let (width, k) = (shape.hidden_size, shape.top_k);
                 let mut part = case.clone();
                 part.hidden = case.hidden[first * width..(first + piece) * width].to_vec();
