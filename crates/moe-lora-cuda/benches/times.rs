@@ -1,4 +1,5 @@
-//! Times of whole layers and their stages under graph replay with a cold, clean L2.
+//! Times of whole layers and their stages under graph replay with a cold, clean L2; `TIMES_ONLY=1x16,8x64` limits them to
+//! these numbers of adapters and ranks.
 #![allow(clippy::print_stdout, reason = "tests may fail loudly and speak")]
 
 #[path = "../tests/support/mod.rs"]

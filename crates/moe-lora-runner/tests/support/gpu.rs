@@ -29,7 +29,7 @@ pub struct OnGpu {
 impl OnGpu {
     pub fn new(device: &Device, case: &Case) -> Self {
         let model = ModelShape::uniform(case.spec.shape, 1, case.spec.weight_dtype);
-        let config = PoolConfig { bytes: 64 << 20, ..PoolConfig::default() };
+        let config = PoolConfig { bytes: 256 << 20, ..PoolConfig::default() };
         let pool = AdapterPool::new(device, &model, config).unwrap();
         let load = |(n, adapter): (usize, &moe_lora_core::AdapterLayer)| {
             // One that changes nothing is no adapter.
