@@ -176,6 +176,9 @@ fn check_neighbours<T: Element>(gpu: &Gpu, stream: &Stream) -> Result<(), GpuErr
 #[test]
 fn a_token_does_not_see_its_neighbours() -> Result<(), GpuError> {
     let Some(gpu) = testing::gpu("neighbours") else { return Ok(()) };
+    if std::env::var_os("MOE_LORA_CASES").is_some() {
+        return Ok(());
+    }
     check_neighbours::<bf16>(&gpu, &gpu.stream()?)?;
     check_neighbours::<f16>(&gpu, &gpu.stream()?)
 }

@@ -339,6 +339,7 @@ mod gpu {
     use moe_lora_cuda::{DeviceBuffer, Gpu, testing};
     use moe_lora_route::{AlignBlockAddresses, AlignBlockInput, AlignBlockLimits, CudaAlignBlock, RouteError};
     use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     fn gpu() -> Option<&'static Gpu> {
         static GPU: OnceLock<Option<Gpu>> = OnceLock::new();
@@ -361,7 +362,10 @@ mod gpu {
         entries: usize,
         want: Result<&Blocks, &RouteError>,
     ) {
-        let Some(gpu) = gpu() else { return };
+        // Sanitizers are slow: `MOE_LORA_CASES` limits the number of cases.
+        static CASES: AtomicUsize = AtomicUsize::new(0);
+        let most = std::env::var("MOE_LORA_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(usize::MAX);
+        let Some(gpu) = gpu().filter(|_| CASES.fetch_add(1, Ordering::Relaxed) < most) else { return };
         let AlignBlockInput { top_k, num_experts, max_loras, block_size, .. } = input;
         let limits = AlignBlockLimits { tokens: input.topk_ids.len().div_ceil(top_k), top_k, num_experts, max_loras };
         let mut aligner = CudaAlignBlock::new(gpu, limits).unwrap();

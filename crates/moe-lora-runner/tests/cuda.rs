@@ -1,6 +1,7 @@
 //! Layers on a GPU: random ones against the truth and the rounding-aware twin, the peers' grids in full, same bits.
 //!
-//! Sanitizers are slow: under them, `PROPTEST_CASES` says how many random layers to run, and the test's name which ones.
+//! Skipped aloud by `moe_lora_cuda::testing::gpu` where there is none. Sanitizers are slow: `MOE_LORA_CASES` limits the number of
+//! random layers, and leaves the rest out.
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
 
@@ -10,10 +11,14 @@ use moe_lora_core::{DType, LayerShape};
 use moe_lora_reference::random::{AdapterMix, AdapterSpec, Case, CaseSpec};
 use moe_lora_reference::strategies;
 use proptest::prelude::*;
-use support::gpu::{OnGpu, broken, device};
+use support::gpu::{OnGpu, broken, device, limit};
+
+fn cases() -> u32 {
+    limit().map_or(150, |most| most as u32)
+}
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), ..ProptestConfig::default() })]
 
     #[test]
     fn random_bf16_layers_equal_the_truth(case in strategies::gpu_case(DType::Bf16)) {
@@ -40,7 +45,7 @@ fn part(case: &Case, tokens: std::ops::Range<usize>) -> Case {
 
 #[test]
 fn a_token_does_not_see_its_neighbours() {
-    let Some(device) = device() else { return };
+    let Some(device) = device().filter(|_| limit().is_none()) else { return };
     for (shape, ranks) in
         [((2, 2, 512, 2880), &[16][..]), ((8, 2, 2048, 256), &[16, 64, 5]), ((4, 1, 264, 136), &[512, 8])]
     {
@@ -74,7 +79,7 @@ fn check(spec: CaseSpec, seed: u64) {
 /// truth can follow, and one at their own.
 #[test]
 fn fused_kernel_base_grid() {
-    if device().is_none() {
+    if device().is_none() || limit().is_some() {
         return;
     }
     for top_k in [6, 12] {
@@ -95,7 +100,7 @@ fn fused_kernel_base_grid() {
 /// vLLM `naive_block_assignment`, whole: fewer pairs than experts times adapters, every token its own adapter.
 #[test]
 fn few_tokens_many_adapters() {
-    if device().is_none() {
+    if device().is_none() || limit().is_some() {
         return;
     }
     for (tokens, top_k) in [0, 1, 2, 4, 8].into_iter().flat_map(|tokens| [(tokens, 1), (tokens, 2)]) {
@@ -116,7 +121,7 @@ fn few_tokens_many_adapters() {
 /// vLLM `large_rank_fallback` with 160 and 512 beside it, `small_rank` and `npid_path`, whole but for widths.
 #[test]
 fn large_and_small_ranks() {
-    if device().is_none() {
+    if device().is_none() || limit().is_some() {
         return;
     }
     for (rank, dtype) in [128, 160, 256, 512].into_iter().flat_map(|rank| [(rank, DType::Bf16), (rank, DType::F16)]) {
