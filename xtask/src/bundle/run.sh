@@ -69,7 +69,7 @@ case $command in
     if [ -n "${VLLM:-}" ]; then
       ${PYTHON:-python3} peers/bench_peer.py vllm vllm.json "$@" && others=(vllm.json "${others[@]}") || failed=1
     fi
-    for others in "${others[@]}"; do bin/moe-lora-bench compare "$rows" "$others" || failed=1; done
+    for file in "${others[@]}"; do bin/moe-lora-bench compare "$rows" "$file" || failed=1; done
     ;;
   all)
     run_tests
