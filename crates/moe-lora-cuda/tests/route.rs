@@ -118,7 +118,7 @@ fn check(
         if ((row - expert_first) as usize).is_multiple_of(heights[expert as usize]) {
             tiles.push(RowTile { expert, first_row: row, num_rows: 0, first_segment: segments.len() as u32 - 1 });
         }
-        if slot >= 0 && (opens || (row - expert_first) % 32 == 0) {
+        if slot >= 0 && (opens || (row - expert_first) % 64 == 0) {
             chunks.push(DeviceSegment { expert, slot, first_row: row, end_row: row });
         }
         segments.last_mut().unwrap().end_row = row + 1;
