@@ -85,8 +85,7 @@ fn check<W: Element, X: Element>() {
         assert!(error < 1e-5, "{kernel}: {error:e}");
         for step in [150, 9, 2] {
             let few = case.run(kernel, |t| t % step == 1);
-            let same: Vec<f32> =
-                (0..150).filter(|t| t % step == 1).flat_map(|t| all[t * N..][..N].to_vec()).collect();
+            let same: Vec<f32> = (0..150).filter(|t| t % step == 1).flat_map(|t| all[t * N..][..N].to_vec()).collect();
             assert!(few.iter().zip(&same).all(|(a, b)| a.to_bits() == b.to_bits()), "{kernel}, every {step}th row");
         }
     }
@@ -116,7 +115,8 @@ fn zeros_behind_a_vector_leave_its_bits() {
         let (short, long) = (run(37), run(90));
         for n in 0..66 {
             for r in 0..rows {
-                let want: f64 = (0..37).map(|c| f64::from(w[r * stride + c].to_f32()) * f64::from(x[n * stride + c])).sum();
+                let want: f64 =
+                    (0..37).map(|c| f64::from(w[r * stride + c].to_f32()) * f64::from(x[n * stride + c])).sum();
                 assert!((f64::from(short[n * 80 + r]) - want).abs() < 1e-5);
                 assert_eq!(short[n * 80 + r].to_bits(), long[n * 80 + r].to_bits(), "{kernel}");
             }

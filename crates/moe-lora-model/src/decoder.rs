@@ -3,7 +3,7 @@
 mod config;
 mod weights;
 
-pub(crate) use config::{config, token_ids};
 pub use config::{DecoderConfig, QkNorm};
+pub(crate) use config::{config, token_ids};
 pub use weights::{Attention, DecoderEnds, DecoderLayer, DenseMlp};
 pub(crate) use weights::{ends, layer};
