@@ -97,3 +97,21 @@ fn what_does_not_fit_is_refused() {
     assert!(run(&[320]).unwrap_err().to_string().contains("token 320"));
     assert!(run(&[319]).is_ok());
 }
+
+#[test]
+fn tensors_that_the_settings_do_not_know_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(common::folder().join("qwen3_moe")).unwrap().map(Result::unwrap) {
+        std::fs::copy(file.path(), folder.path().join(file.file_name())).unwrap();
+    }
+    // Transformers would leave the trained biases out, with a warning.
+    let path = folder.path().join("config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace("\"attention_bias\": true", "\"attention_bias\": false")).unwrap();
+    let checkpoint = moe_lora::Checkpoint::open(folder.path()).unwrap();
+    let error = checkpoint.decoder_layer(0).unwrap_err().to_string();
+    assert!(
+        error.contains("model.layers.0.self_attn.k_proj.bias: found a tensor that the model by config.json"),
+        "{error}"
+    );
+}
