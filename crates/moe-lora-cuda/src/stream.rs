@@ -11,6 +11,22 @@ pub struct Stream {
     inner: Arc<CudaStream>,
 }
 
+impl PartialEq for Stream {
+    /// Whether both give work to the same queue.
+    fn eq(&self, other: &Self) -> bool {
+        self.raw() == other.raw() && self.inner.context() == other.inner.context()
+    }
+}
+
+impl Eq for Stream {}
+
+impl From<Arc<CudaStream>> for Stream {
+    /// A stream that the caller has from cudarc.
+    fn from(inner: Arc<CudaStream>) -> Self {
+        Self { inner }
+    }
+}
+
 /// A point in a stream.
 #[derive(Debug)]
 pub struct Event {
@@ -67,6 +83,20 @@ impl Stream {
         unsafe { result::memcpy_htod_async(address, values, self.raw()) }
             .map_err(|e| GpuError::driver("copying to the GPU", e))?;
         self.synchronize()
+    }
+
+    /// Copies `values` to a device address in stream order, and returns when they have been read.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    ///
+    /// # Safety
+    /// They must fit into GPU memory there that stays allocated, and that nobody else uses, until the stream has done it.
+    pub unsafe fn upload_address<T: NoUninit>(&self, address: u64, values: &[T]) -> Result<(), GpuError> {
+        self.bind()?;
+        // SAFETY: the caller's promise; the driver keeps its own copy of memory that is not page-locked.
+        unsafe { result::memcpy_htod_async(address, values, self.raw()) }
+            .map_err(|e| GpuError::driver("copying to the GPU", e))
     }
 
     /// Copies from byte `offset` of `from` into `values` and waits for it.
@@ -143,6 +173,54 @@ impl Stream {
         GpuError::check("copying to the GPU", result)
     }
 
+    /// Begins a copy of a column of a table from page-locked memory and returns at once: `rows` rows of `width` bytes, `width`
+    /// apart in `from` and `pitch` apart in `to`.
+    ///
+    /// # Errors
+    /// If a range does not fit, or the driver refuses.
+    ///
+    /// # Safety
+    /// As [`upload_async`](Self::upload_async).
+    pub unsafe fn upload_column_async(
+        &self,
+        (to, to_offset, pitch): (&DeviceBuffer, usize, usize),
+        (from, from_offset, width): (&PinnedBuffer, usize, usize),
+        rows: usize,
+    ) -> Result<(), GpuError> {
+        if rows == 0 || width == 0 {
+            return Ok(());
+        }
+        let span = (rows - 1).saturating_mul(pitch).saturating_add(width);
+        let (address, bytes) = (to.range(to_offset, span)?, rows.saturating_mul(width));
+        let size = from.as_slice().len();
+        if from_offset.checked_add(bytes).is_none_or(|end| end > size) {
+            return Err(GpuError::OutOfBounds { offset: from_offset, bytes, size });
+        }
+        self.bind()?;
+        // SAFETY: the offset is inside the buffer.
+        let source = unsafe { from.pointer().add(from_offset) };
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: source.cast(),
+            srcDevice: 0,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: width,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: address,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: pitch.max(width),
+            WidthInBytes: width,
+            Height: rows,
+        };
+        // SAFETY: both ranges are inside their buffers; the caller keeps them alone until the copy is done.
+        GpuError::check("copying to the GPU", unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.raw()) })
+    }
+
     /// A new event, recorded after all work given to this stream so far. `timing` events can be subtracted.
     ///
     /// # Errors
@@ -167,7 +245,7 @@ impl Stream {
     ///
     /// # Errors
     /// What `work` returned, or why it cannot be captured.
-    pub fn capture(&self, work: impl FnOnce() -> Result<(), GpuError>) -> Result<Graph, GpuError> {
+    pub fn capture<E: From<GpuError>>(&self, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.inner.begin_capture(mode).map_err(|e| GpuError::driver("cuStreamBeginCapture", e))?;
         let done = work();
@@ -209,7 +287,20 @@ impl Event {
     }
 }
 
+// SAFETY: a graph may be used by any thread, by one at a time.
+unsafe impl Send for Graph {}
+
+impl std::fmt::Debug for Graph {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Graph").finish_non_exhaustive()
+    }
+}
+
 impl Graph {
+    pub(crate) fn raw(&self) -> sys::CUgraph {
+        self.inner.cu_graph()
+    }
+
     /// Runs the captured work once, on the stream it was captured on.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ pub(crate) enum Stages {
     Cpu(Arc<Mutex<MoeRunner>>),
     #[cfg(feature = "cuda")]
     Cuda {
-        weights: CudaWeights,
+        weights: Arc<CudaWeights>,
         runner: Arc<Mutex<CudaRunner>>,
     },
 }
@@ -36,7 +36,7 @@ impl Stages {
                 return Err(InputError::new(format!("a pool in {found}"), format!("one in {want}")).into());
             }
             let runner = CudaRunner::new(gpu, weights.shape(), limits)?;
-            let weights = CudaWeights::upload(gpu, weights)?;
+            let weights = Arc::new(CudaWeights::upload(gpu, weights)?);
             return Ok(Self::Cuda { weights, runner: Arc::new(Mutex::new(runner)) });
         }
         let _ = (device, adapters);
@@ -64,6 +64,15 @@ impl Stages {
         }
     }
 
+    /// Weights and runner on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda(&self) -> Result<(&Arc<CudaWeights>, &Arc<Mutex<CudaRunner>>), InputError> {
+        match self {
+            Self::Cpu(_) => Err(InputError::new("a layer on the CPU", "one on a GPU")),
+            Self::Cuda { weights, runner } => Ok((weights, runner)),
+        }
+    }
+
     /// One layer whose adapters are those of `lease` at decoder layer `index`; it is done when this returns.
     pub(crate) fn forward<X: Element, Y: Element>(
         &self,
@@ -80,6 +89,7 @@ impl Stages {
             #[cfg(feature = "cuda")]
             Self::Cuda { weights, runner } => {
                 let adapters = &lease.device_table(index)?;
+                let batch = Batch { token_slots: adapters.token_slots(), ..batch };
                 lock(runner).forward(weights, &batch.with_adapters(adapters), out)?;
             }
         }

@@ -1,34 +1,36 @@
 //! Batches through the GPU: checked, copied there, launched, copied back.
 
 use super::raw::{self, DTYPE_F32, ForwardArgs};
+use super::slices::{BatchSlices, CudaStream, CudaViewMut, Uses, check_formats};
 use super::weights::CudaWeights;
 use crate::{Batch, Limits, RunnerError};
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
 use moe_lora_core::{DType, Element, InputError, LayerShape};
-use moe_lora_cuda::{DeviceBuffer, Gpu, Layout, PinnedBuffer, Stream};
-use moe_lora_kernels::AdapterEntry;
+use moe_lora_cuda::{DeviceBuffer, Event, Gpu, Layout, PinnedBuffer, Stream};
 use moe_lora_pool::DeviceTable;
-use std::collections::HashMap;
+use std::sync::Arc;
 
 /// Runs layers of one shape on one GPU: [`MoeRunner`](crate::MoeRunner)'s other half.
 #[derive(Debug)]
 pub struct CudaRunner {
-    gpu: Gpu,
+    pub(super) gpu: Gpu,
+    /// What forwards from host memory run on.
     stream: Stream,
     shape: LayerShape,
-    limits: Limits,
-    /// The inputs and the output of a batch.
+    pub(super) limits: Limits,
+    /// The inputs and the output of a batch in host memory.
     tensors: DeviceBuffer,
-    workspace: DeviceBuffer,
+    /// Captured forwards hold it too.
+    pub(super) workspace: Arc<DeviceBuffer>,
+    /// The stream that used the workspace last, and when it is done; `None` if it is.
+    last: Option<(Stream, Event)>,
     /// What a batch's inputs are gathered in, so that one copy brings them all.
     inputs: PinnedBuffer,
-    /// Adapter entries of a batch; grows to the largest so far.
-    table: DeviceBuffer,
 }
 
 impl CudaRunner {
-    /// Allocates all that [`forward`](Self::forward) needs, but for 72 bytes an expert and adapter of a batch.
+    /// Allocates all that [`forward`](Self::forward) needs.
     ///
     /// # Errors
     /// If the GPU's kernels cannot run layers of these sizes, a limit is zero or beyond 2³¹ pairs, or the memory does not
@@ -37,25 +39,25 @@ impl CudaRunner {
         limits.check()?;
         let LayerShape { top_k, hidden_size, .. } = *shape;
         let Limits { max_tokens, max_rank } = limits;
-        let workspace = raw::workspace_bytes(gpu, shape, max_tokens, max_tokens, max_rank)?;
+        // However many slots a pool has.
+        let workspace = raw::workspace_bytes(gpu, shape, max_tokens, i32::MAX as usize, max_rank)?;
         let tensors = Tensors::new(max_tokens, top_k, hidden_size);
         Ok(Self {
             stream: gpu.stream()?,
             tensors: gpu.alloc(tensors.bytes)?,
-            workspace: gpu.alloc(workspace)?,
+            workspace: Arc::new(gpu.alloc(workspace)?),
+            last: None,
             inputs: gpu.alloc_pinned(tensors.inputs)?,
-            table: gpu.alloc(0)?,
             gpu: gpu.clone(),
             shape: *shape,
             limits,
         })
     }
 
-    /// Bytes of the workspace in GPU memory: a function of the shape, the limits and the GPU, and of the largest number of
-    /// adapters in a batch so far.
+    /// Bytes of the workspace in GPU memory: a function of the shape, the limits and the GPU.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        self.tensors.bytes() + self.workspace.bytes() + self.table.bytes()
+        self.tensors.bytes() + self.workspace.bytes()
     }
 
     /// Sizes of the layers that this runner runs.
@@ -71,10 +73,10 @@ impl CudaRunner {
     }
 
     /// Computes one layer and waits for it; every value of `out` `[T, H]` is written. Hidden states of another format than
-    /// the weights' are rounded to it.
+    /// the weights' are rounded to it. Slots are those of the table's lease.
     ///
     /// # Errors
-    /// If lengths, ids, ranks, formats or devices do not fit, or the GPU fails; `out` is unspecified then.
+    /// If lengths, ids, slots, ranks, formats or devices do not fit, or the GPU fails; `out` is unspecified then.
     pub fn forward<X: Element, Y: Element>(
         &mut self,
         weights: &CudaWeights,
@@ -84,6 +86,8 @@ impl CudaRunner {
         batch.check(&self.shape, weights.shape(), out.len())?;
         self.check(weights, batch.adapters)?;
         check_ids(batch, &self.shape)?;
+        batch.adapters.wait_on(&self.stream)?;
+        self.begin(&self.stream)?;
         let (width, top_k, piece) = (self.shape.hidden_size, self.shape.top_k, self.limits.max_tokens);
         let tokens = batch.token_slots.chunks(piece);
         let hidden = batch.hidden.chunks(piece * width).zip(out.chunks_mut(piece * width));
@@ -91,8 +95,112 @@ impl CudaRunner {
         for ((token_slots, (hidden, out)), (topk_ids, topk_weights)) in tokens.zip(hidden).zip(routing) {
             let piece = Batch { hidden, topk_ids, topk_weights, token_slots, adapters: batch.adapters };
             self.piece(weights, &piece, out)?;
+            // The stream was waited for, and had waited for whoever came before.
+            self.last = None;
         }
         Ok(())
+    }
+
+    /// Gives one layer to `stream` on tensors that are in GPU memory; every value of `out` `[T, H]` is written. `X` is the
+    /// weights' format, `Y` that or f32. The adapters of all tokens are those of the table's lease, which may drop when this
+    /// returns. Ids that are no expert are skipped.
+    ///
+    /// # Errors
+    /// If lengths, ranks, formats or devices do not fit, or the GPU fails; `out` is unspecified then.
+    pub fn forward_on<X: Element, Y: Element>(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        weights: &CudaWeights,
+        batch: &BatchSlices<'_, X>,
+        adapters: &DeviceTable<'_>,
+        out: &mut CudaViewMut<'_, Y>,
+    ) -> Result<(), RunnerError> {
+        self.check(weights, adapters)?;
+        check_format::<X, Y>(weights)?;
+        let (gpu, own) = (self.gpu.clone(), Stream::from(Arc::clone(stream)));
+        let mut uses = Uses::new(&gpu, stream)?;
+        let mut whole = ForwardArgs { out_dtype: ForwardArgs::dtype_code(Y::DTYPE), ..Default::default() };
+        let (shape, slots) = (self.shape, adapters.token_slots());
+        let tokens = uses.batch(&mut whole, &shape, batch)?;
+        whole.out = uses.write("out", out, &[tokens, shape.hidden_size])?;
+        if tokens != slots.len() {
+            let found = format!("adapters for {} tokens", slots.len());
+            return Err(InputError::new(found, format!("for {tokens}")).in_tensor("adapters").into());
+        }
+        adapters.wait_on(&own)?;
+        self.begin(&own)?;
+        let launched = self.pieces_on(&own, weights, adapters, &whole, [size_of::<X>(), size_of::<Y>()]);
+        self.end(own)?;
+        launched
+    }
+
+    /// The pieces of a batch whose addresses are in `whole`, of numbers of `bytes` in and out.
+    fn pieces_on(
+        &self,
+        stream: &Stream,
+        weights: &CudaWeights,
+        adapters: &DeviceTable<'_>,
+        whole: &ForwardArgs,
+        bytes: [usize; 2],
+    ) -> Result<(), RunnerError> {
+        let LayerShape { top_k, hidden_size, .. } = self.shape;
+        for (n, slots) in adapters.token_slots().chunks(self.limits.max_tokens).enumerate() {
+            let first = n * self.limits.max_tokens;
+            let places = Tensors::new(slots.len(), top_k, hidden_size);
+            let token_slots = self.tensors.address() + places.token_slots as u64;
+            let at = |address: u64, width: usize, bytes: usize| address + (first * width * bytes) as u64;
+            let args = ForwardArgs {
+                stream: stream.handle(),
+                hidden: at(whole.hidden, hidden_size, bytes[0]),
+                topk_ids: at(whole.topk_ids, top_k, size_of::<i32>()),
+                topk_weights: at(whole.topk_weights, top_k, size_of::<f32>()),
+                token_slots,
+                out: at(whole.out, hidden_size, bytes[1]),
+                num_tokens: slots.len() as u32,
+                num_slots: if changes(slots, adapters)? { adapters.address().slots } else { 0 },
+                out_dtype: whole.out_dtype,
+                ..self.args(weights, adapters)
+            };
+            #[allow(unsafe_code, reason = "meets the raw door")]
+            // SAFETY: `forward_on` has measured the slices, and its guards order other uses behind this one; the slots' place
+            // is the runner's own, which `begin` and `end` keep to one stream at a time; the table's slots are leased, the
+            // stream has waited for them, and the lease records an event on the stream when it drops. Weights and runner free
+            // their memory only when the GPU is done.
+            unsafe {
+                stream.upload_address(token_slots, slots)?;
+                raw::forward(&self.gpu, &args)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `stream` wait for whoever used the workspace before.
+    pub(super) fn begin(&self, stream: &Stream) -> Result<(), RunnerError> {
+        match &self.last {
+            Some((other, done)) if other != stream => Ok(stream.wait(done)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// Marks the end of what was given to `stream`.
+    pub(super) fn end(&mut self, stream: Stream) -> Result<(), RunnerError> {
+        let done = stream.record(false)?;
+        self.last = Some((stream, done));
+        Ok(())
+    }
+
+    /// All that does not change from batch to batch. Weights and adapters must have passed [`check`](Self::check).
+    pub(super) fn args(&self, weights: &CudaWeights, adapters: &DeviceTable<'_>) -> ForwardArgs {
+        let table = adapters.address();
+        ForwardArgs {
+            adapters: table.entries,
+            slot_active: table.active,
+            num_slots: table.slots,
+            max_rank: self.limits.max_rank as u32,
+            workspace: self.workspace.address(),
+            workspace_bytes: self.workspace.bytes() as u64,
+            ..weights.args()
+        }
     }
 
     fn piece<X: Element, Y: Element>(
@@ -101,30 +209,13 @@ impl CudaRunner {
         batch: &Batch<'_, X, &DeviceTable<'_>>,
         out: &mut [Y],
     ) -> Result<(), RunnerError> {
-        // The batch's adapters that change this layer, numbered as they appear: the pool's numbers cannot matter then.
-        let (mut layers, mut numbers) = (Vec::new(), HashMap::new());
-        let mut number = |slot: i32| match batch.adapters.layer(slot) {
-            None => -1,
-            Some(layer) => *numbers.entry(slot).or_insert_with(|| {
-                layers.push(layer);
-                layers.len() as i32 - 1
-            }),
-        };
-        let slots: Vec<i32> = batch.token_slots.iter().map(|&slot| number(slot)).collect();
-        let tokens = Tensors::new(slots.len(), self.shape.top_k, self.shape.hidden_size);
+        let tokens = Tensors::new(batch.token_slots.len(), self.shape.top_k, self.shape.hidden_size);
         let inputs = &mut self.inputs.as_mut_slice()[..tokens.inputs];
         write_hidden(&mut inputs[tokens.hidden..], batch.hidden, weights.dtype());
         put(&mut inputs[tokens.topk_ids..], batch.topk_ids);
         put(&mut inputs[tokens.topk_weights..], batch.topk_weights);
-        put(&mut inputs[tokens.token_slots..], &slots);
+        put(&mut inputs[tokens.token_slots..], batch.token_slots);
         self.stream.upload(&self.tensors, 0, inputs)?;
-        if !layers.is_empty() {
-            let entries: Vec<AdapterEntry> = layers.iter().flat_map(|layer| layer.entries()).copied().collect();
-            if self.table.bytes() < size_of_val(&entries[..]) {
-                self.table = self.gpu.alloc(size_of_val(&entries[..]).next_power_of_two())?;
-            }
-            self.stream.upload(&self.table, 0, &entries)?;
-        }
 
         let out_f32 = Y::DTYPE != weights.dtype();
         let at = |offset: usize| self.tensors.address() + offset as u64;
@@ -134,20 +225,16 @@ impl CudaRunner {
             topk_ids: at(tokens.topk_ids),
             topk_weights: at(tokens.topk_weights),
             token_slots: at(tokens.token_slots),
-            adapters: self.table.address(),
             out: at(tokens.out),
-            workspace: self.workspace.address(),
-            workspace_bytes: self.workspace.bytes() as u64,
-            num_tokens: slots.len() as u32,
-            num_slots: layers.len() as u32,
-            max_rank: self.limits.max_rank as u32,
+            num_tokens: batch.token_slots.len() as u32,
+            num_slots: if changes(batch.token_slots, batch.adapters)? { batch.adapters.address().slots } else { 0 },
             out_dtype: if out_f32 { DTYPE_F32 } else { ForwardArgs::dtype_code(weights.dtype()) },
-            ..weights.args()
+            ..self.args(weights, batch.adapters)
         };
-        #[allow(unsafe_code, reason = "the one place where the safe door meets the raw one")]
-        // SAFETY: the tensors, the workspace and the table are this runner's own and were filled above, in the sizes and the
-        // format that `check` found weights and adapters to have; the adapters' memory and the weights are borrowed until the
-        // download below has waited for the stream; ids were checked by `check_ids`.
+        #[allow(unsafe_code, reason = "meets the raw door")]
+        // SAFETY: tensors and workspace are this runner's own, filled above in the sizes and the format that `check` found
+        // weights and adapters to have. Ids were checked by `check_ids`, slots by `changes`; the stream has waited for what
+        // these slots of the table say, and weights and lease are borrowed until the download below has waited for it.
         unsafe {
             raw::forward(&self.gpu, &args)?;
         }
@@ -162,12 +249,16 @@ impl CudaRunner {
     }
 
     /// Weights and adapters must be on this GPU, for this layer, in one format.
-    fn check(&self, weights: &CudaWeights, adapters: &DeviceTable<'_>) -> Result<(), InputError> {
+    pub(super) fn check(&self, weights: &CudaWeights, adapters: &DeviceTable<'_>) -> Result<(), InputError> {
         let ordinal = self.gpu.info().ordinal;
         for (name, found) in [("layer weights", weights.ordinal), ("adapters", adapters.ordinal())] {
             if found != ordinal {
                 return Err(InputError::new(format!("cuda:{found}"), format!("cuda:{ordinal}")).in_tensor(name));
             }
+        }
+        if *weights.shape() != self.shape {
+            let (found, want) = (format!("{:?}", weights.shape()), format!("{:?}", self.shape));
+            return Err(InputError::new(found, want).in_tensor("layer weights"));
         }
         let (found, want) = ((adapters.shape(), adapters.dtype()), (weights.shape(), weights.dtype()));
         if found != want {
@@ -203,6 +294,29 @@ impl Tensors {
     }
 }
 
+/// Whether an adapter of the batch changes this layer. All slots have to be leased: the table holds anything in others.
+pub(super) fn changes(token_slots: &[i32], adapters: &DeviceTable<'_>) -> Result<bool, InputError> {
+    let mut slots = token_slots.to_vec();
+    slots.sort_unstable();
+    slots.dedup();
+    let rank = |slot| match slot {
+        -1 => Ok(0),
+        _ => adapters.rank(slot).ok_or_else(|| {
+            InputError::new(format!("slot {slot}"), "a slot of the table's lease, or -1").in_tensor("token_slots")
+        }),
+    };
+    slots.into_iter().try_fold(false, |any, slot| Ok(rank(slot)? > 0 || any))
+}
+
+/// Hidden states on the GPU are of the weights' format, which nobody rounds them to there.
+pub(super) fn check_format<X: Element, Y: Element>(weights: &CudaWeights) -> Result<(), InputError> {
+    check_formats::<X, Y>()?;
+    if X::DTYPE != weights.dtype() {
+        return Err(InputError::new(X::DTYPE.to_string(), weights.dtype().to_string()).in_tensor("hidden"));
+    }
+    Ok(())
+}
+
 /// What the processor's align refuses too: the kernels would skip it and count.
 fn check_ids<X, A>(batch: &Batch<'_, X, A>, shape: &LayerShape) -> Result<(), InputError> {
     let (experts, top_k) = (shape.num_experts, shape.top_k);
@@ -210,10 +324,6 @@ fn check_ids<X, A>(batch: &Batch<'_, X, A>, shape: &LayerShape) -> Result<(), In
     if let Some((pair, id)) = batch.topk_ids.iter().enumerate().find(|(_, id)| bad(**id)) {
         let found = format!("expert {id} for token {} at place {}", pair / top_k, pair % top_k);
         return Err(InputError::new(found, format!("-1 to {}", experts - 1)).in_tensor("topk_ids"));
-    }
-    if let Some((token, slot)) = batch.token_slots.iter().enumerate().find(|(_, slot)| **slot < -1) {
-        let found = format!("{slot} for token {token}");
-        return Err(InputError::new(found, "a slot, or -1 for the base model").in_tensor("token_slots"));
     }
     Ok(())
 }
