@@ -231,8 +231,13 @@ impl Engine {
                 }
                 Err(error) => error,
             };
-            let crowded =
-                matches!(error, RequestError::Pool { error: PoolError::NoRoom { .. } | PoolError::NoSlot { .. }, .. });
+            let crowded = matches!(
+                error,
+                RequestError::Pool {
+                    error: PoolError::NoRoom { .. } | PoolError::NoSlot { .. } | PoolError::Fragmented { .. },
+                    ..
+                }
+            );
             if crowded && self.adapters.try_again(&name, !self.running.is_empty()) {
                 continue;
             }

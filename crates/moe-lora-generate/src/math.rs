@@ -30,7 +30,8 @@ fn rms_factor(x: &[f32], eps: f32) -> f32 {
         }
     }
     let sum = sums.iter().sum::<f32>() + rest.iter().map(|x| x * x).sum::<f32>();
-    1.0 / (sum / x.len() as f32 + eps).sqrt()
+    // Squares beyond f32 would give 0 and hide that the vector is out of range.
+    if sum.is_finite() { 1.0 / (sum / x.len() as f32 + eps).sqrt() } else { f32::NAN }
 }
 
 /// Turns the first `end` scores into weights that sum to one, and the others into zeros. The scores must be
@@ -122,5 +123,8 @@ mod tests {
             rms_norm_one(&mut one, &weight, 1e-6);
             assert!(one.iter().zip(out).all(|(a, b)| (a - b).abs() < 1e-6));
         }
+        let mut large = [1e30, 1.0];
+        rms_norm_one(&mut large, &[1.0; 2], 1e-6);
+        assert!(large.iter().all(|x| x.is_nan()));
     }
 }
