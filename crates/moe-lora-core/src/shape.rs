@@ -8,7 +8,7 @@ use crate::{DType, InputError};
 pub struct LayerShape {
     /// Experts, E.
     pub num_experts: usize,
-    /// Experts a token uses, k.
+    /// Experts a token uses, k. At most [`num_experts`](Self::num_experts), but for a rank's [`Share`](crate::Share).
     pub top_k: usize,
     /// Width of a token, H.
     pub hidden_size: usize,
