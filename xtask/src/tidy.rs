@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The crates from the ground up: each may use only those before it. The facade and what follows may use all.
-const ORDER: [&str; 14] = [
+const ORDER: [&str; 15] = [
     "moe-lora-core",
     "moe-lora-files",
     "moe-lora-reference",
     "moe-lora-kernels",
     "moe-lora-cuda",
+    "moe-lora-collective",
     "moe-lora-route",
     "moe-lora-gemm",
     "moe-lora-adapter",
