@@ -33,6 +33,12 @@ impl Stream {
         &self.inner
     }
 
+    /// The `CUstream` as a number.
+    #[must_use]
+    pub fn handle(&self) -> u64 {
+        self.raw() as u64
+    }
+
     pub(crate) fn raw(&self) -> sys::CUstream {
         self.inner.cu_stream()
     }
@@ -89,6 +95,20 @@ impl Stream {
         let address = to.range(offset, bytes)?;
         self.bind()?;
         // SAFETY: the range is inside the buffer.
+        unsafe { result::memset_d8_async(address, value, bytes, self.raw()) }
+            .map_err(|e| GpuError::driver("filling GPU memory", e))
+    }
+
+    /// Sets `bytes` bytes at a device address, in stream order.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    ///
+    /// # Safety
+    /// They must be in GPU memory that stays allocated, and that nobody else uses, until the stream has done it.
+    pub unsafe fn fill_address(&self, address: u64, bytes: usize, value: u8) -> Result<(), GpuError> {
+        self.bind()?;
+        // SAFETY: the caller's promise.
         unsafe { result::memset_d8_async(address, value, bytes, self.raw()) }
             .map_err(|e| GpuError::driver("filling GPU memory", e))
     }

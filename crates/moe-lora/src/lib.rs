@@ -35,7 +35,7 @@ pub use moe_lora_model::{Checkpoint, ModelError};
 pub use moe_lora_pool::{AdapterPool, Lease, PoolConfig, PoolError};
 pub use moe_lora_runner::{Batch, Device, Limits, MoeRunner, RunnerError};
 #[cfg(feature = "cuda")]
-pub use moe_lora_runner::{CudaRunner, CudaWeights};
+pub use moe_lora_runner::{CudaRunner, CudaWeights, raw};
 
 pub use moe_lora_adapter as adapter;
 pub use moe_lora_gemm as gemm;

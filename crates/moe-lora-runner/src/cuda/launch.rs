@@ -1,41 +1,86 @@
-//! The launches of one layer: the only unsafe code of this crate.
+//! The launches of one layer, from the raw door's struct.
 #![allow(unsafe_code, reason = "kernels check nothing; why each launch is sound is said where it is")]
 
-use super::places::Places;
-use super::weights::CudaWeights;
-use moe_lora_core::{Activation, LayerShape, RouterWeightPlacement};
-use moe_lora_cuda::{DeviceBuffer, Gpu, GpuError, Stream};
-use moe_lora_kernels::{AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, Launch, ShrinkParams};
+use super::raw::{DTYPE_F16, DTYPE_F32, ForwardArgs, check_sizes};
+use super::workspace::Workspace;
+use crate::RunnerError;
+use moe_lora_core::{InputError, LayerShape};
+use moe_lora_cuda::{Gpu, GpuError, Stream};
+use moe_lora_kernels::{
+    AlignParams, CombineParams, DownParams, Format, GateUpParams, KernelParams, Launch, RouteCounts, ShrinkParams,
+};
 
-/// One batch whose inputs are in GPU memory.
+/// Bytes of workspace that suffice for every [`forward`] on `gpu` of a layer of these sizes with up to `max_tokens` tokens
+/// and `max_slots` adapter slots of ranks up to `max_rank`.
 ///
-/// The caller answers for these, on which the launches rely: `places` is of the weights' shape and fits into `memory`; its
-/// inputs are there, with experts in `[-1, E)` and slots in `[-1, places.slots)`; `table` holds `places.slots * E * 3` entries
-/// for matrices of that shape and the weights' format, of ranks up to `places.max_rank`; `barrier` is a u32 that was zeroed
-/// once; all of it is on `gpu`, and neither freed nor used by anybody else until `stream` is done.
-pub(super) struct Call<'a> {
-    pub(super) gpu: &'a Gpu,
-    pub(super) stream: &'a Stream,
-    pub(super) weights: &'a CudaWeights,
-    pub(super) places: &'a Places,
-    pub(super) memory: &'a DeviceBuffer,
-    pub(super) barrier: &'a DeviceBuffer,
-    /// Used if the batch uses any adapter.
-    pub(super) table: &'a DeviceBuffer,
-    /// The output is f32 and not the weights' format.
-    pub(super) out_f32: bool,
+/// # Errors
+/// If the kernels cannot run such layers, or so many tokens.
+pub fn workspace_bytes(
+    gpu: &Gpu,
+    shape: &LayerShape,
+    max_tokens: usize,
+    max_slots: usize,
+    max_rank: usize,
+) -> Result<usize, InputError> {
+    check_sizes(shape, max_tokens, max_rank)?;
+    let max_rank = max_rank.next_multiple_of(8);
+    Ok(Workspace::new(shape, gpu.info().sm_count, max_tokens, max_slots, max_rank).bytes)
+}
+
+/// Gives one layer to `args.stream`: six launches, four for no slots. Nothing is allocated, nothing waits, and the stream may
+/// be in capture.
+///
+/// # Errors
+/// Names the field that is wrong; nothing was launched then. Or the driver's error. What goes wrong on the GPU appears at a
+/// later call.
+///
+/// # Safety
+/// Until the stream has run it, every address in `args` must be valid on `gpu`, for what its field says and as large as the
+/// sizes say, and `out`, `counts` and the workspace must not be touched by other work. Every entry of the table that a
+/// token's slot and expert select must be of a rank up to `args.max_rank`, with matrices for these sizes in `args.dtype`.
+/// `args.stream` must be a stream of `gpu`'s primary context. A captured forward promises the same for every replay.
+pub unsafe fn forward(gpu: &Gpu, args: &ForwardArgs) -> Result<(), RunnerError> {
+    let shape = args.check()?;
+    let (tokens, slots) = (args.num_tokens as usize, args.num_slots as usize);
+    let max_rank = (args.max_rank as usize).next_multiple_of(8);
+    let workspace = Workspace::new(&shape, gpu.info().sm_count, tokens, slots, max_rank);
+    if tokens > 0 && (workspace.bytes as u64) > args.workspace_bytes {
+        let expected = format!("at least {} for {tokens} tokens and {slots} slots", workspace.bytes);
+        return Err(InputError::new(args.workspace_bytes.to_string(), expected).in_tensor("workspace_bytes").into());
+    }
+    // SAFETY: the caller's promise; the borrowed handle is dropped before this returns.
+    let stream = unsafe { gpu.borrow_stream(args.stream as usize as _) };
+    let call = Call { gpu, stream, args, workspace, max_rank: max_rank as u32 };
+    Ok(call.launch()?)
+}
+
+/// A forward that was checked.
+struct Call<'a> {
+    gpu: &'a Gpu,
+    stream: Stream,
+    args: &'a ForwardArgs,
+    workspace: Workspace,
+    /// A multiple of 8.
+    max_rank: u32,
 }
 
 impl Call<'_> {
-    /// Gives a whole layer to the stream: six launches, four without adapters, none for no token.
-    pub(super) fn launch(&self) -> Result<(), GpuError> {
-        if self.places.tokens == 0 {
-            return Ok(());
+    /// The portable kernels, in order.
+    fn launch(&self) -> Result<(), GpuError> {
+        if self.args.num_tokens == 0 {
+            return match self.args.counts {
+                0 => Ok(()),
+                counts => self.zero(counts, size_of::<RouteCounts>()),
+            };
         }
-        let (sm_count, bounds) = (self.gpu.info().sm_count, &self.places.bounds);
-        let lora = self.places.slots > 0;
+        let (sm_count, bounds) = (self.gpu.info().sm_count, &self.workspace.bounds);
+        let lora = self.args.num_slots > 0;
         let align = self.align();
-        self.give(&align, align.launch(sm_count))?;
+        let launch = align.launch(sm_count);
+        if launch.cooperative {
+            self.zero(align.barrier, size_of::<u32>())?;
+        }
+        self.give(&align, launch)?;
         if lora {
             let shrink = self.shrink_gate_up();
             self.give(&shrink, shrink.launch(bounds, sm_count))?;
@@ -53,79 +98,72 @@ impl Call<'_> {
     }
 
     fn give<P: KernelParams>(&self, params: &P, launch: Launch) -> Result<(), GpuError> {
-        // SAFETY: the functions below set every address to a buffer or a place of the kind and size that its field asks
-        // for, all of them multiples of 256, by what the caller promises of this struct; `launch` is `params`' own.
-        unsafe { self.gpu.kernels().launch(self.stream, self.weights.format(), params, launch) }
+        let format = if self.args.dtype == DTYPE_F16 { Format::F16 } else { Format::Bf16 };
+        // SAFETY: the functions below set every address to one of the caller's, or to a part of the workspace that was laid
+        // out for these sizes; `launch` is `params`' own.
+        unsafe { self.gpu.kernels().launch(&self.stream, format, params, launch) }
+    }
+
+    fn zero(&self, address: u64, bytes: usize) -> Result<(), GpuError> {
+        // SAFETY: a part of the workspace, or the caller's counts.
+        unsafe { self.stream.fill_address(address, bytes, 0) }
     }
 
     const fn at(&self, offset: usize) -> u64 {
-        self.memory.address() + offset as u64
+        self.args.workspace + offset as u64
     }
 
     const fn adapters(&self) -> u64 {
-        if self.places.slots > 0 { self.table.address() } else { 0 }
+        if self.args.num_slots > 0 { self.args.adapters } else { 0 }
     }
 
-    const fn shape(&self) -> &LayerShape {
-        self.weights.shape()
+    const fn counts(&self) -> u64 {
+        if self.args.counts > 0 { self.args.counts } else { self.at(self.workspace.counts) }
     }
 
-    const fn shrunk_stride(&self) -> u32 {
-        2 * self.places.max_rank as u32
-    }
-
-    fn bias(&self) -> [u64; 3] {
-        self.weights.bias.as_ref().map_or([0; 3], |b| [b[0].address(), b[1].address(), b[2].address()])
-    }
-
-    fn weigh_input(&self) -> bool {
-        self.weights.router_weight == RouterWeightPlacement::Input
-    }
-
-    fn align(&self) -> AlignParams {
-        let (places, shape) = (self.places, self.shape());
+    const fn align(&self) -> AlignParams {
+        let (args, places) = (self.args, &self.workspace);
         AlignParams {
-            topk_ids: self.at(places.topk_ids),
-            topk_weights: self.at(places.topk_weights),
-            token_slots: if places.slots > 0 { self.at(places.token_slots) } else { 0 },
-            // The table holds only adapters that change this layer.
-            slot_active: 0,
+            topk_ids: args.topk_ids,
+            topk_weights: args.topk_weights,
+            token_slots: if args.num_slots > 0 { args.token_slots } else { 0 },
+            slot_active: if args.num_slots > 0 { args.slot_active } else { 0 },
             row_pair: self.at(places.row_pair),
             row_weight: self.at(places.row_weight),
             pair_row: self.at(places.pair_row),
             segments: self.at(places.segments),
             tiles: self.at(places.tiles),
             chunks: self.at(places.chunks),
-            counts: self.at(places.counts),
+            counts: self.counts(),
             order: self.at(places.order),
             table: self.at(places.sort_table),
-            barrier: self.barrier.address(),
-            num_tokens: places.tokens as u32,
-            top_k: shape.top_k as u32,
-            num_experts: shape.num_experts as u32,
-            num_slots: places.slots as u32,
+            barrier: self.at(places.barrier),
+            num_tokens: args.num_tokens,
+            top_k: args.top_k,
+            num_experts: args.num_experts,
+            num_slots: args.num_slots,
         }
     }
 
     fn shrink(&self) -> ShrinkParams {
         ShrinkParams {
-            chunks: self.at(self.places.chunks),
-            counts: self.at(self.places.counts),
+            chunks: self.at(self.workspace.chunks),
+            counts: self.counts(),
             adapters: self.adapters(),
-            shrunk: self.at(self.places.shrunk),
-            top_k: self.shape().top_k as u32,
-            num_experts: self.shape().num_experts as u32,
-            max_rank: self.places.max_rank as u32,
-            shrunk_stride: self.shrunk_stride(),
+            shrunk: self.at(self.workspace.shrunk),
+            top_k: self.args.top_k,
+            num_experts: self.args.num_experts,
+            max_rank: self.max_rank,
+            shrunk_stride: 2 * self.max_rank,
             ..Default::default()
         }
     }
 
     fn shrink_gate_up(&self) -> ShrinkParams {
         ShrinkParams {
-            input: self.at(self.places.hidden),
-            row_pair: self.at(self.places.row_pair),
-            width: self.shape().hidden_size as u32,
+            input: self.args.hidden,
+            row_pair: self.at(self.workspace.row_pair),
+            width: self.args.hidden_size,
             first_projection: 0,
             num_projections: 2,
             ..self.shrink()
@@ -134,89 +172,81 @@ impl Call<'_> {
 
     fn shrink_down(&self) -> ShrinkParams {
         ShrinkParams {
-            input: self.at(self.places.intermediate),
-            width: self.shape().intermediate_size as u32,
+            input: self.at(self.workspace.intermediate),
+            width: self.args.intermediate_size,
             first_projection: 2,
             num_projections: 1,
             ..self.shrink()
         }
     }
 
-    fn gate_up(&self) -> GateUpParams {
-        let (places, shape) = (self.places, self.shape());
-        let half = shape.intermediate_size as u64 * shape.hidden_size as u64;
-        let [gate_bias, up_bias, _] = self.bias();
-        let (activation, alpha, limit) = match self.weights.activation {
-            Activation::Silu => (0, 0.0, 0.0),
-            Activation::Gelu => (1, 0.0, 0.0),
-            Activation::GeluTanh => (2, 0.0, 0.0),
-            Activation::ClampedSwiglu { alpha, limit } => (3, alpha, limit),
-        };
+    const fn gate_up(&self) -> GateUpParams {
+        let (args, places) = (self.args, &self.workspace);
         GateUpParams {
-            hidden: self.at(places.hidden),
-            gate: self.weights.w13.address(),
-            up: self.weights.w13.address() + 2 * half,
-            gate_bias,
-            up_bias,
+            hidden: args.hidden,
+            gate: args.gate,
+            up: args.up,
+            gate_bias: args.gate_bias,
+            up_bias: args.up_bias,
             row_pair: self.at(places.row_pair),
             row_weight: self.at(places.row_weight),
             tiles: self.at(places.tiles),
             segments: self.at(places.segments),
-            counts: self.at(places.counts),
+            counts: self.counts(),
             adapters: self.adapters(),
             shrunk: self.at(places.shrunk),
             intermediate: self.at(places.intermediate),
-            expert_stride: 2 * half,
-            row_stride: shape.hidden_size as u32,
-            top_k: shape.top_k as u32,
-            num_experts: shape.num_experts as u32,
-            hidden_size: shape.hidden_size as u32,
-            intermediate_size: shape.intermediate_size as u32,
-            max_rank: places.max_rank as u32,
-            shrunk_stride: self.shrunk_stride(),
-            activation,
-            weigh_input: u32::from(self.weigh_input()),
-            alpha,
-            limit,
+            expert_stride: args.gate_up_expert_stride,
+            row_stride: args.gate_up_row_stride,
+            top_k: args.top_k,
+            num_experts: args.num_experts,
+            hidden_size: args.hidden_size,
+            intermediate_size: args.intermediate_size,
+            max_rank: self.max_rank,
+            shrunk_stride: 2 * self.max_rank,
+            activation: args.activation,
+            weigh_input: args.weigh_input,
+            alpha: args.alpha,
+            limit: args.limit,
             reserved: 0,
         }
     }
 
     fn down(&self) -> DownParams {
-        let (places, shape) = (self.places, self.shape());
+        let (args, places) = (self.args, &self.workspace);
         DownParams {
             intermediate: self.at(places.intermediate),
-            down: self.weights.w2.address(),
-            bias: self.bias()[2],
+            down: args.down,
+            bias: args.down_bias,
             tiles: self.at(places.tiles),
             segments: self.at(places.segments),
-            counts: self.at(places.counts),
+            counts: self.counts(),
             adapters: self.adapters(),
             shrunk: self.at(places.shrunk),
             rows_out: self.at(places.rows),
-            expert_stride: shape.intermediate_size as u64 * shape.hidden_size as u64,
-            row_stride: shape.intermediate_size as u32,
-            num_experts: shape.num_experts as u32,
-            hidden_size: shape.hidden_size as u32,
-            intermediate_size: shape.intermediate_size as u32,
-            shrunk_stride: self.shrunk_stride(),
+            expert_stride: args.down_expert_stride,
+            row_stride: args.down_row_stride,
+            num_experts: args.num_experts,
+            hidden_size: args.hidden_size,
+            intermediate_size: args.intermediate_size,
+            shrunk_stride: 2 * self.max_rank,
             rows_f32: u32::from(places.rows_f32),
         }
     }
 
     fn combine(&self) -> CombineParams {
-        let places = self.places;
+        let (args, places) = (self.args, &self.workspace);
         CombineParams {
             rows_in: self.at(places.rows),
             pair_row: self.at(places.pair_row),
-            topk_weights: if self.weigh_input() { 0 } else { self.at(places.topk_weights) },
-            out: self.at(places.out),
-            num_tokens: places.tokens as u32,
-            top_k: self.shape().top_k as u32,
-            hidden_size: self.shape().hidden_size as u32,
+            topk_weights: if args.weigh_input == 1 { 0 } else { args.topk_weights },
+            out: args.out,
+            num_tokens: args.num_tokens,
+            top_k: args.top_k,
+            hidden_size: args.hidden_size,
             rows_f32: u32::from(places.rows_f32),
-            out_f32: u32::from(self.out_f32),
-            scaling: self.weights.routed_scaling_factor,
+            out_f32: u32::from(args.out_dtype == DTYPE_F32),
+            scaling: args.scaling,
         }
     }
 }

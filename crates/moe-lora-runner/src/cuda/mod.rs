@@ -1,9 +1,10 @@
-//! The same layer on an NVIDIA GPU: weights copied once, a workspace made once, six launches a batch.
+//! The same layer on an NVIDIA GPU: one pipeline behind a raw door, and a safe door that uses it.
 
 mod launch;
-mod places;
+pub mod raw;
 mod runner;
 mod weights;
+mod workspace;
 
 pub use runner::CudaRunner;
 pub use weights::CudaWeights;

@@ -1,15 +1,14 @@
 //! Batches through the GPU: checked, copied there, launched, copied back.
 
-use super::launch::Call;
-use super::places::Places;
+use super::raw::{self, DTYPE_F32, ForwardArgs};
 use super::weights::CudaWeights;
 use crate::{Batch, Limits, RunnerError};
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
 use moe_lora_core::{DType, Element, InputError, LayerShape};
-use moe_lora_cuda::{DeviceBuffer, Gpu, PinnedBuffer, Stream};
+use moe_lora_cuda::{DeviceBuffer, Gpu, Layout, PinnedBuffer, Stream};
 use moe_lora_kernels::AdapterEntry;
-use moe_lora_pool::{CudaMemory, DeviceTable};
+use moe_lora_pool::DeviceTable;
 use std::collections::HashMap;
 
 /// Runs layers of one shape on one GPU: [`MoeRunner`](crate::MoeRunner)'s other half.
@@ -19,8 +18,9 @@ pub struct CudaRunner {
     stream: Stream,
     shape: LayerShape,
     limits: Limits,
-    memory: DeviceBuffer,
-    barrier: DeviceBuffer,
+    /// The inputs and the output of a batch.
+    tensors: DeviceBuffer,
+    workspace: DeviceBuffer,
     /// What a batch's inputs are gathered in, so that one copy brings them all.
     inputs: PinnedBuffer,
     /// Adapter entries of a batch; grows to the largest so far.
@@ -35,25 +35,19 @@ impl CudaRunner {
     /// suffice.
     pub fn new(gpu: &Gpu, shape: &LayerShape, limits: Limits) -> Result<Self, RunnerError> {
         limits.check()?;
-        CudaMemory::check_shape(shape)?;
-        let pairs = limits.max_tokens.checked_mul(shape.top_k).filter(|&n| i32::try_from(n).is_ok());
-        if pairs.is_none() || limits.max_rank > 1 << 20 {
-            return Err(InputError::new(format!("{limits:?}"), "fewer than 2^31 pairs and ranks up to 2^20").into());
-        }
-        let max_rank = limits.max_rank.next_multiple_of(8);
-        let largest = Places::new(shape, gpu.info().sm_count, limits.max_tokens, limits.max_tokens, max_rank);
-        let stream = gpu.stream()?;
-        let barrier = gpu.alloc(size_of::<u32>())?;
-        stream.upload(&barrier, 0, &[0_u32])?;
+        let LayerShape { top_k, hidden_size, .. } = *shape;
+        let Limits { max_tokens, max_rank } = limits;
+        let workspace = raw::workspace_bytes(gpu, shape, max_tokens, max_tokens, max_rank)?;
+        let tensors = Tensors::new(max_tokens, top_k, hidden_size);
         Ok(Self {
-            memory: gpu.alloc(largest.bytes)?,
-            inputs: gpu.alloc_pinned(largest.inputs)?,
+            stream: gpu.stream()?,
+            tensors: gpu.alloc(tensors.bytes)?,
+            workspace: gpu.alloc(workspace)?,
+            inputs: gpu.alloc_pinned(tensors.inputs)?,
             table: gpu.alloc(0)?,
             gpu: gpu.clone(),
-            stream,
             shape: *shape,
             limits,
-            barrier,
         })
     }
 
@@ -61,7 +55,7 @@ impl CudaRunner {
     /// adapters in a batch so far.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        self.memory.bytes() + self.barrier.bytes() + self.table.bytes()
+        self.tensors.bytes() + self.workspace.bytes() + self.table.bytes()
     }
 
     /// Sizes of the layers that this runner runs.
@@ -117,16 +111,13 @@ impl CudaRunner {
             }),
         };
         let slots: Vec<i32> = batch.token_slots.iter().map(|&slot| number(slot)).collect();
-        let max_rank = layers.iter().map(|layer| layer.max_rank()).max().unwrap_or(0).next_multiple_of(8);
-        let tokens = batch.token_slots.len();
-        let places = Places::new(&self.shape, self.gpu.info().sm_count, tokens, layers.len(), max_rank);
-
-        let inputs = &mut self.inputs.as_mut_slice()[..places.inputs];
-        write_hidden(&mut inputs[places.hidden..], batch.hidden, weights.dtype());
-        put(&mut inputs[places.topk_ids..], batch.topk_ids);
-        put(&mut inputs[places.topk_weights..], batch.topk_weights);
-        put(&mut inputs[places.token_slots..], &slots);
-        self.stream.upload(&self.memory, 0, inputs)?;
+        let tokens = Tensors::new(slots.len(), self.shape.top_k, self.shape.hidden_size);
+        let inputs = &mut self.inputs.as_mut_slice()[..tokens.inputs];
+        write_hidden(&mut inputs[tokens.hidden..], batch.hidden, weights.dtype());
+        put(&mut inputs[tokens.topk_ids..], batch.topk_ids);
+        put(&mut inputs[tokens.topk_weights..], batch.topk_weights);
+        put(&mut inputs[tokens.token_slots..], &slots);
+        self.stream.upload(&self.tensors, 0, inputs)?;
         if !layers.is_empty() {
             let entries: Vec<AdapterEntry> = layers.iter().flat_map(|layer| layer.entries()).copied().collect();
             if self.table.bytes() < size_of_val(&entries[..]) {
@@ -136,22 +127,35 @@ impl CudaRunner {
         }
 
         let out_f32 = Y::DTYPE != weights.dtype();
-        let call = Call {
-            gpu: &self.gpu,
-            stream: &self.stream,
-            weights,
-            places: &places,
-            memory: &self.memory,
-            barrier: &self.barrier,
-            table: &self.table,
-            out_f32,
+        let at = |offset: usize| self.tensors.address() + offset as u64;
+        let args = ForwardArgs {
+            stream: self.stream.handle(),
+            hidden: at(tokens.hidden),
+            topk_ids: at(tokens.topk_ids),
+            topk_weights: at(tokens.topk_weights),
+            token_slots: at(tokens.token_slots),
+            adapters: self.table.address(),
+            out: at(tokens.out),
+            workspace: self.workspace.address(),
+            workspace_bytes: self.workspace.bytes() as u64,
+            num_tokens: slots.len() as u32,
+            num_slots: layers.len() as u32,
+            max_rank: self.limits.max_rank as u32,
+            out_dtype: if out_f32 { DTYPE_F32 } else { ForwardArgs::dtype_code(weights.dtype()) },
+            ..weights.args()
         };
-        call.launch()?;
+        #[allow(unsafe_code, reason = "the one place where the safe door meets the raw one")]
+        // SAFETY: the tensors, the workspace and the table are this runner's own and were filled above, in the sizes and the
+        // format that `check` found weights and adapters to have; the adapters' memory and the weights are borrowed until the
+        // download below has waited for the stream; ids were checked by `check_ids`.
+        unsafe {
+            raw::forward(&self.gpu, &args)?;
+        }
         if !out_f32 || Y::DTYPE == DType::F32 {
-            self.stream.download(&self.memory, places.out, out)?;
+            self.stream.download(&self.tensors, tokens.out, out)?;
         } else {
             let mut wide = vec![0.0_f32; out.len()];
-            self.stream.download(&self.memory, places.out, &mut wide)?;
+            self.stream.download(&self.tensors, tokens.out, &mut wide)?;
             out.iter_mut().zip(wide).for_each(|(to, from)| *to = Y::from_f32(from));
         }
         Ok(())
@@ -171,6 +175,31 @@ impl CudaRunner {
             return Err(InputError::new(text(found), text(want)).in_tensor("adapters"));
         }
         self.limits.check_rank(adapters.max_rank())
+    }
+}
+
+/// Places of a batch's tensors in one allocation, inputs first.
+struct Tensors {
+    hidden: usize,
+    topk_ids: usize,
+    topk_weights: usize,
+    token_slots: usize,
+    /// Bytes of all inputs.
+    inputs: usize,
+    out: usize,
+    bytes: usize,
+}
+
+impl Tensors {
+    fn new(tokens: usize, top_k: usize, hidden_size: usize) -> Self {
+        let mut layout = Layout::default();
+        let hidden = layout.add::<u16>(tokens * hidden_size);
+        let topk_ids = layout.add::<i32>(tokens * top_k);
+        let topk_weights = layout.add::<f32>(tokens * top_k);
+        let token_slots = layout.add::<i32>(tokens);
+        let inputs = layout.bytes();
+        let out = layout.add::<f32>(tokens * hidden_size);
+        Self { hidden, topk_ids, topk_weights, token_slots, inputs, out, bytes: layout.bytes() }
     }
 }
 

@@ -1,12 +1,12 @@
 //! Base weights in GPU memory.
 
+use super::raw::ForwardArgs;
 use crate::RunnerError;
 use half::{bf16, f16};
 use moe_lora_core::{
     Activation, DType, Element, ExpertBias, ExpertWeights, LayerShape, LayerWeights, RouterWeightPlacement,
 };
 use moe_lora_cuda::{DeviceBuffer, Gpu, GpuError, Stream};
-use moe_lora_kernels::Format;
 use moe_lora_pool::CudaMemory;
 
 /// The base weights of one layer on a GPU, in f16 if they are f16, else in bf16: f32 weights are rounded.
@@ -16,14 +16,14 @@ pub struct CudaWeights {
     shape: LayerShape,
     dtype: DType,
     /// `[E, 2I, H]`, gate first.
-    pub(super) w13: DeviceBuffer,
+    w13: DeviceBuffer,
     /// `[E, H, I]`.
-    pub(super) w2: DeviceBuffer,
+    w2: DeviceBuffer,
     /// f32 `[E, I]`, `[E, I]` and `[E, H]`.
-    pub(super) bias: Option<[DeviceBuffer; 3]>,
-    pub(super) activation: Activation,
-    pub(super) router_weight: RouterWeightPlacement,
-    pub(super) routed_scaling_factor: f32,
+    bias: Option<[DeviceBuffer; 3]>,
+    activation: Activation,
+    router_weight: RouterWeightPlacement,
+    routed_scaling_factor: f32,
 }
 
 impl CudaWeights {
@@ -82,11 +82,31 @@ impl CudaWeights {
         self.w13.bytes() + self.w2.bytes() + bias
     }
 
-    pub(super) const fn format(&self) -> Format {
-        match self.dtype {
-            DType::F16 => Format::F16,
-            _ => Format::Bf16,
+    /// What the raw door has to know of this layer: all but tokens, adapters, output and workspace. The addresses are good as
+    /// long as `self`.
+    #[must_use]
+    pub fn args(&self) -> ForwardArgs {
+        let LayerShape { num_experts, top_k, hidden_size, intermediate_size, .. } = self.shape;
+        let [gate_bias, up_bias, down_bias] =
+            self.bias.as_ref().map_or([0; 3], |b| [b[0].address(), b[1].address(), b[2].address()]);
+        let dtype = ForwardArgs::dtype_code(self.dtype);
+        ForwardArgs {
+            gate_bias,
+            up_bias,
+            down_bias,
+            num_experts: num_experts as u32,
+            top_k: top_k as u32,
+            hidden_size: hidden_size as u32,
+            intermediate_size: intermediate_size as u32,
+            dtype,
+            out_dtype: dtype,
+            weigh_input: u32::from(self.router_weight == RouterWeightPlacement::Input),
+            scaling: self.routed_scaling_factor,
+            ..Default::default()
         }
+        .with_w13(self.w13.address(), false)
+        .with_w2(self.w2.address())
+        .with_activation(self.activation)
     }
 }
 
