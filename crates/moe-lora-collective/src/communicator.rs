@@ -45,7 +45,7 @@ pub trait GpuCommunicator: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// If the range or the stream does not fit, or the group has ended.
-    fn all_reduce(
+    fn all_reduce_on(
         &self,
         stream: &Stream,
         buffer: &DeviceBuffer,

@@ -109,7 +109,7 @@ impl Communicator for NcclCommunicator {
 }
 
 impl GpuCommunicator for NcclCommunicator {
-    fn all_reduce(
+    fn all_reduce_on(
         &self,
         stream: &Stream,
         buffer: &DeviceBuffer,

@@ -6,7 +6,7 @@ use crate::{Batch, Limits, RunnerError};
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
 use moe_lora_core::{DType, Element, InputError, LayerShape};
-use moe_lora_cuda::{DeviceBuffer, Gpu, Layout, PinnedBuffer, Stream};
+use moe_lora_cuda::{DeviceBuffer, Gpu, GpuError, Layout, PinnedBuffer, Stream};
 use moe_lora_kernels::AdapterEntry;
 use moe_lora_pool::DeviceTable;
 use std::collections::HashMap;
@@ -81,26 +81,63 @@ impl CudaRunner {
         batch: &Batch<'_, X, &DeviceTable<'_>>,
         out: &mut [Y],
     ) -> Result<(), RunnerError> {
-        batch.check(&self.shape, weights.shape(), out.len())?;
-        self.check(weights, batch.adapters)?;
-        check_ids(batch, &self.shape)?;
+        self.forward_with(weights, batch, None, out)
+    }
+
+    /// [`forward`](Self::forward) of one of several ranks: `reduce` is given every piece of the output while it is still in
+    /// GPU memory, as f32, and adds an all-reduce of it to the runner's stream. It gets the buffer, the first value's byte and
+    /// the number of values.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and those of `reduce`.
+    pub fn forward_reduced<X: Element, Y: Element, E: From<RunnerError>>(
+        &mut self,
+        weights: &CudaWeights,
+        batch: &Batch<'_, X, &DeviceTable<'_>>,
+        mut reduce: impl FnMut(&Stream, &DeviceBuffer, usize, usize) -> Result<(), E>,
+        out: &mut [Y],
+    ) -> Result<(), E> {
+        self.forward_with(weights, batch, Some(&mut reduce), out)
+    }
+
+    fn forward_with<X: Element, Y: Element, E: From<RunnerError>>(
+        &mut self,
+        weights: &CudaWeights,
+        batch: &Batch<'_, X, &DeviceTable<'_>>,
+        mut reduce: Option<Reduce<'_, E>>,
+        out: &mut [Y],
+    ) -> Result<(), E> {
+        batch.check(&self.shape, weights.shape(), out.len()).map_err(RunnerError::from)?;
+        self.check(weights, batch.adapters).map_err(RunnerError::from)?;
+        check_ids(batch, &self.shape).map_err(RunnerError::from)?;
         let (width, top_k, piece) = (self.shape.hidden_size, self.shape.top_k, self.limits.max_tokens);
         let tokens = batch.token_slots.chunks(piece);
         let hidden = batch.hidden.chunks(piece * width).zip(out.chunks_mut(piece * width));
         let routing = batch.topk_ids.chunks(piece * top_k).zip(batch.topk_weights.chunks(piece * top_k));
         for ((token_slots, (hidden, out)), (topk_ids, topk_weights)) in tokens.zip(hidden).zip(routing) {
             let piece = Batch { hidden, topk_ids, topk_weights, token_slots, adapters: batch.adapters };
-            self.piece(weights, &piece, out)?;
+            let tokens = self.launch(weights, &piece, Y::DTYPE, reduce.is_some())?;
+            if let Some(reduce) = &mut reduce
+                && let Err(error) = reduce(&self.stream, &self.tensors, tokens.out, out.len())
+            {
+                // The layer still reads what the caller lends.
+                let _ = self.stream.synchronize();
+                return Err(error);
+            }
+            self.download(weights, &tokens, reduce.is_some(), out).map_err(RunnerError::from)?;
         }
         Ok(())
     }
 
-    fn piece<X: Element, Y: Element>(
+    /// Copies a piece's inputs to the GPU and gives the layer to the stream. The output is f32 if `reduced`, and unless `out`
+    /// is the weights' format.
+    fn launch<X: Element>(
         &mut self,
         weights: &CudaWeights,
         batch: &Batch<'_, X, &DeviceTable<'_>>,
-        out: &mut [Y],
-    ) -> Result<(), RunnerError> {
+        out: DType,
+        reduced: bool,
+    ) -> Result<Tensors, RunnerError> {
         // The batch's adapters that change this layer, numbered as they appear: the pool's numbers cannot matter then.
         let (mut layers, mut numbers) = (Vec::new(), HashMap::new());
         let mut number = |slot: i32| match batch.adapters.layer(slot) {
@@ -126,7 +163,7 @@ impl CudaRunner {
             self.stream.upload(&self.table, 0, &entries)?;
         }
 
-        let out_f32 = Y::DTYPE != weights.dtype();
+        let out_f32 = reduced || out != weights.dtype();
         let at = |offset: usize| self.tensors.address() + offset as u64;
         let args = ForwardArgs {
             stream: self.stream.handle(),
@@ -146,18 +183,28 @@ impl CudaRunner {
         };
         #[allow(unsafe_code, reason = "the one place where the safe door meets the raw one")]
         // SAFETY: the tensors, the workspace and the table are this runner's own and were filled above, in the sizes and the
-        // format that `check` found weights and adapters to have; the adapters' memory and the weights are borrowed until the
-        // download below has waited for the stream; ids were checked by `check_ids`.
+        // format that `check` found weights and adapters to have; the adapters' memory and the weights are borrowed by
+        // `forward_with`, whose download waits for the stream; ids were checked by `check_ids`.
         unsafe {
             raw::forward(&self.gpu, &args)?;
         }
+        Ok(tokens)
+    }
+
+    fn download<Y: Element>(
+        &self,
+        weights: &CudaWeights,
+        tokens: &Tensors,
+        reduced: bool,
+        out: &mut [Y],
+    ) -> Result<(), GpuError> {
+        let out_f32 = reduced || Y::DTYPE != weights.dtype();
         if !out_f32 || Y::DTYPE == DType::F32 {
-            self.stream.download(&self.tensors, tokens.out, out)?;
-        } else {
-            let mut wide = vec![0.0_f32; out.len()];
-            self.stream.download(&self.tensors, tokens.out, &mut wide)?;
-            out.iter_mut().zip(wide).for_each(|(to, from)| *to = Y::from_f32(from));
+            return self.stream.download(&self.tensors, tokens.out, out);
         }
+        let mut wide = vec![0.0_f32; out.len()];
+        self.stream.download(&self.tensors, tokens.out, &mut wide)?;
+        out.iter_mut().zip(wide).for_each(|(to, from)| *to = Y::from_f32(from));
         Ok(())
     }
 
@@ -177,6 +224,9 @@ impl CudaRunner {
         self.limits.check_rank(adapters.max_rank())
     }
 }
+
+/// Adds an all-reduce to a stream: of how many f32 values, from which byte of the buffer on.
+type Reduce<'a, E> = &'a mut dyn FnMut(&Stream, &DeviceBuffer, usize, usize) -> Result<(), E>;
 
 /// Places of a batch's tensors in one allocation, inputs first.
 struct Tensors {
