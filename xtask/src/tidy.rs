@@ -22,6 +22,7 @@ const ORDER: [&str; 15] = [
     "moe-lora-layer",
     "moe-lora-model",
     "moe-lora",
+    "moe-lora-c",
     "moe-lora-cli",
 ];
 
@@ -30,7 +31,8 @@ const NO_CUDA: [&str; 5] =
     ["moe-lora-core", "moe-lora-files", "moe-lora-reference", "moe-lora-adapter", "moe-lora-model"];
 
 /// The only places where `unsafe` may stand.
-const UNSAFE: [&str; 7] = [
+const UNSAFE: [&str; 8] = [
+    "crates/moe-lora-c/src/",
     "crates/moe-lora-cuda/",
     "crates/moe-lora-files/src/map.rs",
     "crates/moe-lora-gemm/src/cpu/simd/",
