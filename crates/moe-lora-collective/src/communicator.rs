@@ -15,7 +15,7 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     /// All ranks.
     fn size(&self) -> usize;
 
-    /// Replaces `values` by their sums over all ranks, the same bits on every one; returns when they are there.
+    /// Replaces `values` by their sums over all ranks; returns when they are there.
     ///
     /// # Errors
     /// If another rank failed, is gone or brought another number of values, or the group was aborted.

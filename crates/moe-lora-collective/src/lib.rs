@@ -2,7 +2,7 @@
 //!
 //! A [`Communicator`] is one rank's end of a group whose ranks all call the same collectives in the same order. There are three:
 //! [`Single`], a group of one; [`ThreadCommunicator`], ranks that are threads of one process; and `NcclCommunicator` (feature
-//! `cuda`), ranks that each have a GPU, in one process or many. Sums are f32 and have the same bits on every rank.
+//! `cuda`), ranks that each have a GPU, in one process or many. Sums are f32.
 //!
 //! No rank waits for one that is gone: a rank that [fails](Communicator::fail), [aborts](Communicator::abort), dies or is
 //! silent for too long ends in a [`CollectiveError`] on all the others.

@@ -10,6 +10,9 @@ use std::time::Duration;
 
 /// A rank of a group of GPUs, in one process (a thread a rank) or many, on one machine or many.
 ///
+/// Runs with the same ranks on the same machines give the same bits, as far as NCCL chooses the same algorithm; NCCL does not
+/// promise the same bits on every rank.
+///
 /// A rank that dies is noticed when a collective that needs it takes longer than the group's patience; then the group ends
 /// on this rank, with an error.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use crate::{CollectiveError, Communicator};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A rank of a group of threads.
+/// A rank of a group of threads. Sums are in the order of ranks and have the same bits on every rank.
 ///
 /// Each thread takes its own handle and drops it when it ends, also by a panic, so that nobody waits for it. A collective
 /// blocks its thread: ranks must not be tasks of a thread pool with fewer threads than ranks.

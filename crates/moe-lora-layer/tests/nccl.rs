@@ -1,7 +1,12 @@
 //! A rank's layer with its all-reduce by NCCL, as a group of one: through the layer, and as one captured graph behind the raw
 //! door, as an engine has it.
 #![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr, reason = "a test that cannot go on may panic and speak")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "a test that cannot go on may panic and speak"
+)]
 
 use half::bf16;
 use moe_lora_collective::{GpuCommunicator, NcclCommunicator};
@@ -45,7 +50,8 @@ fn pool(device: &Device, case: &Case) -> (AdapterPool, TokenAdapters) {
         pool.load(&n.to_string(), AdapterWeights::new(&model, [(0, layer.clone())].into()).unwrap()).unwrap()
     };
     let ids: Vec<_> = case.adapters.iter().enumerate().map(load).collect();
-    let tokens: Vec<_> = case.token_slots.iter().map(|&slot| usize::try_from(slot).ok().map(|slot| ids[slot])).collect();
+    let tokens: Vec<_> =
+        case.token_slots.iter().map(|&slot| usize::try_from(slot).ok().map(|slot| ids[slot])).collect();
     (pool, TokenAdapters::from_ids(&tokens))
 }
 
@@ -64,7 +70,10 @@ fn a_layer_sums_on_the_gpu() {
     assert!(error <= 3e-3, "{error:.2e}");
     let mut narrow = vec![bf16::NAN; out.len()];
     layer.forward(&case.hidden_as::<bf16>(), routing, &tokens, &mut narrow).unwrap();
-    assert!(narrow.iter().zip(&out).all(|(narrow, out)| *narrow == bf16::from_f32(*out)), "rounded once, after the sum");
+    assert!(
+        narrow.iter().zip(&out).all(|(narrow, out)| *narrow == bf16::from_f32(*out)),
+        "rounded once, after the sum"
+    );
 }
 
 #[test]
