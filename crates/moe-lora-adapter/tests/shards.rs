@@ -1,5 +1,5 @@
 //! Adapters for the ranks of a parallel group: each rank's own numbers, dense if it is alone, and every byte read once.
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
