@@ -111,7 +111,8 @@ impl Job<'_> {
     ) -> Result<Served> {
         let (model, n) = (self.model, self.layer);
         let whole = model.shape();
-        let config = PoolConfig { bytes: usize::MAX, ..Default::default() };
+        let all = self.args.adapters.len().max(1);
+        let config = PoolConfig { bytes: usize::MAX, max_adapters: all, device_slots: all, ..Default::default() };
         let pool = AdapterPool::new(device, &whole.shard(shard)?, config)?;
         let mut layer = FusedMoEWithLoRA::new(n, model.layer_shard(n, shard)?, device, &pool)?;
         if *shard != Shard::WHOLE {

@@ -83,6 +83,7 @@ impl Stages {
             #[cfg(feature = "cuda")]
             Self::Cuda { weights, runner } => {
                 let adapters = &lease.device_table(index)?;
+                let batch = Batch { token_slots: adapters.token_slots(), ..batch };
                 lock(runner).forward(weights, &batch.with_adapters(adapters), out)?;
             }
         }
@@ -101,6 +102,7 @@ impl Stages {
         #[cfg(feature = "cuda")]
         if let (Self::Cuda { weights, runner }, Some(ranks)) = (self, ranks.gpu()) {
             let adapters = &lease.device_table(index)?;
+            let batch = Batch { token_slots: adapters.token_slots(), ..batch };
             let reduce = |stream: &Stream, buffer: &DeviceBuffer, offset, count| {
                 ranks.all_reduce_on(stream, buffer, offset, count)?;
                 Ok::<_, LayerError>(ranks.wait(stream)?)

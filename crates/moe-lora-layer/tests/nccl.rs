@@ -84,10 +84,17 @@ fn a_graph_holds_the_layer_and_its_all_reduce() {
     let (pool, tokens) = pool(&device, &drawn);
     let weights = CudaWeights::upload(&gpu, &drawn.weights).unwrap();
     let lease = pool.lease(&tokens).unwrap();
-    let table = lease.device_table(0).unwrap();
-    let entries: Vec<_> = (0..2).flat_map(|slot| table.layer(slot).unwrap().entries().to_vec()).collect();
-
+    let table = lease.device_table(0).unwrap().address();
     let (stream, tokens) = (gpu.stream().unwrap(), drawn.token_slots.len());
+    lease.wait_on(&stream).unwrap();
+    // Of the case's slots, those in the table.
+    let mut rows = [-1; 2];
+    drawn.token_slots.iter().zip(lease.device_slots()).filter(|(slot, _)| **slot >= 0).for_each(|(slot, row)| {
+        rows[*slot as usize] = *row;
+    });
+    let in_table = |slots: &[i32]| -> Vec<i32> {
+        slots.iter().map(|&slot| usize::try_from(slot).map_or(-1, |slot| rows[slot])).collect()
+    };
     let upload = |bytes: &[u8]| {
         let buffer = gpu.alloc(bytes.len()).unwrap();
         stream.upload(&buffer, 0, bytes).unwrap();
@@ -96,21 +103,22 @@ fn a_graph_holds_the_layer_and_its_all_reduce() {
     let hidden = upload(bytemuck::cast_slice(&drawn.hidden_as::<bf16>()));
     let (ids, topk_weights) =
         (upload(bytemuck::cast_slice(&drawn.topk_ids)), upload(bytemuck::cast_slice(&drawn.topk_weights)));
-    let (slots, adapters) = (upload(bytemuck::cast_slice(&drawn.token_slots)), upload(bytemuck::cast_slice(&entries)));
+    let slots = upload(bytemuck::cast_slice(lease.device_slots()));
     let out = gpu.alloc(4 * tokens * shape.hidden_size).unwrap();
-    let workspace = gpu.alloc(raw::workspace_bytes(&gpu, &shape, tokens, 2, 16).unwrap()).unwrap();
+    let workspace = gpu.alloc(raw::workspace_bytes(&gpu, &shape, tokens, table.slots as usize, 16).unwrap()).unwrap();
     let args = ForwardArgs {
         stream: stream.handle(),
         hidden: hidden.address(),
         topk_ids: ids.address(),
         topk_weights: topk_weights.address(),
         token_slots: slots.address(),
-        adapters: adapters.address(),
+        adapters: table.entries,
+        slot_active: table.active,
         out: out.address(),
         workspace: workspace.address(),
         workspace_bytes: workspace.bytes() as u64,
         num_tokens: tokens as u32,
-        num_slots: 2,
+        num_slots: table.slots,
         max_rank: 16,
         out_dtype: DTYPE_F32,
         ..weights.args()
@@ -129,7 +137,7 @@ fn a_graph_holds_the_layer_and_its_all_reduce() {
         stream.upload(&hidden, 0, &now.hidden_as::<bf16>()).unwrap();
         stream.upload(&ids, 0, &now.topk_ids).unwrap();
         stream.upload(&topk_weights, 0, &now.topk_weights).unwrap();
-        stream.upload(&slots, 0, &now.token_slots).unwrap();
+        stream.upload(&slots, 0, &in_table(&now.token_slots)).unwrap();
         stream.fill(&out, 0, out.bytes(), 0xff).unwrap();
         graph.launch().unwrap();
         alone.wait(&stream).unwrap();
