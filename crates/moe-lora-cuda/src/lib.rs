@@ -33,6 +33,7 @@ mod gpu;
 mod kernels;
 mod memory;
 mod nccl;
+mod nodes;
 mod probe;
 mod stream;
 pub mod testing;
@@ -42,6 +43,7 @@ pub use gpu::Gpu;
 pub use kernels::Kernels;
 pub use memory::{ALIGNMENT, DeviceBuffer, Layout, PinnedBuffer};
 pub use nccl::{NcclComm, NcclError, NcclId, nccl_version};
+pub use nodes::GraphKernel;
 pub use probe::DeviceInfo;
 pub use stream::{Event, Graph, Stream};
 

@@ -24,11 +24,15 @@
 //! ```
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod layer;
 mod ranks;
 mod stages;
 
+#[cfg(feature = "cuda")]
+pub use cuda::LayerGraph;
 pub use error::LayerError;
 pub use layer::FusedMoEWithLoRA;
 

@@ -47,6 +47,12 @@ impl Ranks {
         &self.whole
     }
 
+    /// Whether ids need no mapping and the output no sum.
+    #[cfg(feature = "cuda")]
+    pub(crate) const fn is_plain(&self) -> bool {
+        self.communicator.is_none() && self.share.shape.num_experts == self.whole.num_experts
+    }
+
     /// Numbers experts as this rank does; those of other ranks become -1, like those that were -1 before.
     pub(crate) fn localize(&self, topk_ids: &[i32], local: &mut Vec<i32>) -> Result<(), InputError> {
         let (experts, top_k) = (self.whole.num_experts, self.whole.top_k);

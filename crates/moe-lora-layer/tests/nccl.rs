@@ -11,7 +11,7 @@
 use half::bf16;
 use moe_lora_collective::{GpuCommunicator, NcclCommunicator};
 use moe_lora_core::{AdapterWeights, DType, LayerShape, ModelShape, Routing, Shard, TokenAdapters};
-use moe_lora_cuda::{Gpu, NcclError, NcclId, testing};
+use moe_lora_cuda::{Gpu, GpuError, NcclError, NcclId, testing};
 use moe_lora_layer::FusedMoEWithLoRA;
 use moe_lora_pool::{AdapterPool, PoolConfig};
 use moe_lora_reference::metrics::relative_error;
@@ -127,7 +127,7 @@ fn a_graph_holds_the_layer_and_its_all_reduce() {
         // SAFETY: everything above is as large as its field asks for and lives to the end of this test.
         unsafe { raw::forward(&gpu, &args) }.unwrap();
         alone.all_reduce_on(&stream, &out, 0, tokens * shape.hidden_size).unwrap();
-        Ok(())
+        Ok::<(), GpuError>(())
     });
     let graph = graph.unwrap();
     let mut first = Vec::new();
