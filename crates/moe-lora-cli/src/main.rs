@@ -13,6 +13,7 @@ mod generate;
 mod inspect;
 mod load;
 mod outcome;
+mod ranks;
 mod table;
 mod tensors;
 

@@ -28,7 +28,7 @@ pub use moe_lora_adapter::{AdapterError, PeftAdapter};
 pub use moe_lora_core::{
     Activation, AdapterId, AdapterLayer, AdapterTable, AdapterWeights, Buffer, DType, Element, ExpertBias, ExpertLora,
     ExpertWeights, InputError, LayerShape, LayerWeights, Lora, Matrix, ModelShape, Projection, RouterConfig,
-    RouterWeightPlacement, RouterWeights, Routing, TokenAdapters, TopK,
+    RouterWeightPlacement, RouterWeights, Routing, Shard, TokenAdapters, TopK,
 };
 #[cfg(feature = "cuda")]
 pub use moe_lora_layer::LayerGraph;
@@ -40,6 +40,7 @@ pub use moe_lora_runner::{Batch, Device, Limits, MoeRunner, RunnerError};
 pub use moe_lora_runner::{CapturedForward, CudaRunner, CudaWeights, raw, slices};
 
 pub use moe_lora_adapter as adapter;
+pub use moe_lora_collective as collective;
 pub use moe_lora_gemm as gemm;
 pub use moe_lora_model as model;
 pub use moe_lora_pool as pool;
