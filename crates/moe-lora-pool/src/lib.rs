@@ -42,6 +42,7 @@ mod config;
 mod device_table;
 mod error;
 mod lease;
+mod library;
 mod memory;
 mod policy;
 mod pool;
@@ -53,10 +54,14 @@ pub use config::PoolConfig;
 pub use device_table::DeviceTable;
 pub use error::PoolError;
 pub use lease::Lease;
+pub use library::{
+    AdapterLibrary, AdapterState, Admission, Counters, Held, LibraryConfig, LibraryEntry, LibrarySnapshot, Source,
+    Tier, Waiting,
+};
 #[cfg(feature = "cuda")]
 pub use memory::cuda::{CudaMemory, TableAddress};
 pub use memory::{HostMemory, Memory};
-pub use pool::AdapterPool;
+pub use pool::{AdapterPool, PackedAdapter};
 pub use snapshot::{AdapterSnapshot, PoolSnapshot};
 
 #[cfg(doctest)]
