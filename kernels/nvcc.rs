@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs, io};
 
 /// The kernel families: one source file and one image each.
-pub(crate) const FAMILIES: [&str; 5] = ["route", "shrink", "gate_up", "down", "combine"];
+pub(crate) const FAMILIES: [&str; 7] = ["route", "shrink", "gate_up", "down", "combine", "measure", "peak"];
 
 /// Variables that decide what is built.
 pub(crate) const VARIABLES: [&str; 4] = ["NVCC", "CUDA_HOME", "MOE_LORA_CUDA_ARCHS", "MOE_LORA_FATBIN_DIR"];

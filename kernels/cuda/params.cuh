@@ -176,3 +176,32 @@ struct CombineParams {
     float scaling;
 };
 static_assert(sizeof(CombineParams) == 56, "CombineParams");
+
+// T noise: index i is zero where i % width >= filled, else a random number of standard deviation `deviation`.
+struct NoiseParams {
+    uint64_t out;    // [count]
+    uint64_t count;
+    uint64_t width;
+    uint64_t filled;
+    uint32_t seed;
+    float deviation;
+};
+static_assert(sizeof(NoiseParams) == 40, "NoiseParams");
+
+struct ReadParams {
+    uint64_t from;   // 16-byte aligned
+    uint64_t bytes;  // a multiple of 16
+    uint64_t sink;   // u32, hardly ever written
+};
+static_assert(sizeof(ReadParams) == 24, "ReadParams");
+
+struct PeakParams {
+    uint64_t a;     // bf16 [m_tiles, k_steps, 128 * 64]
+    uint64_t b;     // bf16 [n_tiles, k_steps, 256 * 64]
+    uint64_t sink;  // f32, hardly ever written
+    uint32_t m_tiles;  // a multiple of 16
+    uint32_t n_tiles;  // a multiple of 8
+    uint32_t k_steps;
+    uint32_t reserved;
+};
+static_assert(sizeof(PeakParams) == 40, "PeakParams");

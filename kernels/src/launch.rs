@@ -1,6 +1,8 @@
 //! How many blocks a kernel wants: pure functions of the batch's sizes and the number of SMs, never of the routing.
 
-use crate::{AlignParams, CombineParams, DownParams, GateUpParams, ShrinkParams, TopkParams};
+use crate::{
+    AlignParams, CombineParams, DownParams, GateUpParams, NoiseParams, PeakParams, ReadParams, ShrinkParams, TopkParams,
+};
 
 /// `kTileRows`.
 const TILE_ROWS: u64 = 128;
@@ -20,6 +22,12 @@ const TOPK_WARPS: u32 = 4;
 pub(crate) const SHRINK_SHARED: u32 = 4 * 32 * 36 * 4;
 /// `kProductShared + kLoraPartsBytes`.
 pub(crate) const PRODUCT_SHARED: u32 = 96 * 1024 + 128 * 24;
+/// `kMeasureThreads`.
+const MEASURE_THREADS: u32 = 512;
+/// `kPeakThreads`.
+const PEAK_THREADS: u32 = 384;
+/// `kPeakShared`.
+pub(crate) const PEAK_SHARED: u32 = 4 * (16 + 32) * 1024 + 1024;
 /// The experts that align and topk can tell apart.
 pub(crate) const MOST_EXPERTS: u32 = 1024;
 /// Blocks per SM that are worth launching; what they leave is done in turns.
@@ -153,6 +161,32 @@ impl CombineParams {
     }
 }
 
+impl NoiseParams {
+    /// Four blocks an SM.
+    #[must_use]
+    pub const fn launch(&self, sm_count: u32) -> Launch {
+        Launch::new([4 * sm_count, 1, 1], MEASURE_THREADS, 0)
+    }
+}
+
+impl ReadParams {
+    /// Four blocks an SM: all that fit at once.
+    #[must_use]
+    pub const fn launch(&self, sm_count: u32) -> Launch {
+        Launch::new([4 * sm_count, 1, 1], MEASURE_THREADS, 0)
+    }
+}
+
+impl PeakParams {
+    /// One block an SM.
+    #[must_use]
+    pub const fn launch(&self, sm_count: u32, shared_bytes_per_block: u32) -> Launch {
+        // Where it does not fit, nothing of it is used.
+        let shared = if shared_bytes_per_block < PEAK_SHARED { 0 } else { PEAK_SHARED };
+        Launch::new([sm_count, 1, 1], PEAK_THREADS, shared)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -202,6 +236,8 @@ mod tests {
             include_str!("../cuda/route.cu"),
             include_str!("../cuda/shrink.cu"),
             include_str!("../cuda/combine.cu"),
+            include_str!("../cuda/measure.cu"),
+            include_str!("../cuda/peak.cu"),
             include_str!("../cuda/schedule/sort.cuh"),
             include_str!("../cuda/tile/product.cuh"),
             include_str!("../cuda/epilogue/lora.cuh"),
@@ -212,6 +248,10 @@ mod tests {
             format!("kSortDigit = {SORT_DIGIT};"),
             format!("kSortWarps = {SORT_WARPS};"),
             format!("kTopkWarps = {TOPK_WARPS};"),
+            format!("kMeasureThreads = {MEASURE_THREADS};"),
+            format!("kPeakThreads = {PEAK_THREADS};"),
+            "kPeakShared = kPeakStages * (kPartA + kPartB) + 1024;".to_owned(),
+            "kPeakStages = 4;".to_owned(),
             "kShrinkShared = 4 * 32 * 36 * 4;".to_owned(),
             "kProductShared = 96 * 1024;".to_owned(),
             "kLoraPartsBytes = kTileRows * sizeof(LoraPart);".to_owned(),
@@ -227,7 +267,7 @@ mod tests {
 
     #[test]
     fn shared_memory_fits_every_supported_gpu() {
-        for kernel in crate::Kernel::ALL {
+        for kernel in crate::Kernel::ALL.into_iter().filter(|k| *k != crate::Kernel::Peak) {
             assert!(kernel.most_shared_bytes() <= 99 * 1024, "{kernel:?}");
         }
     }

@@ -24,7 +24,10 @@ pub mod params;
 mod records;
 
 pub use launch::{Launch, RouteBounds};
-pub use params::{AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, ShrinkParams, TopkParams};
+pub use params::{
+    AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams, ReadParams,
+    ShrinkParams, TopkParams,
+};
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
 /// The number format of activations and weights.
@@ -49,11 +52,16 @@ pub enum Family {
     Down,
     /// Weighted sum over experts.
     Combine,
+    /// What benchmarks feed a layer with, and how fast memory is read.
+    Measure,
+    /// How fast the tensor cores multiply.
+    Peak,
 }
 
 impl Family {
     /// All families, in the order of use.
-    pub const ALL: [Self; 5] = [Self::Route, Self::Shrink, Self::GateUp, Self::Down, Self::Combine];
+    pub const ALL: [Self; 7] =
+        [Self::Route, Self::Shrink, Self::GateUp, Self::Down, Self::Combine, Self::Measure, Self::Peak];
 
     /// The source file's stem.
     #[must_use]
@@ -64,6 +72,8 @@ impl Family {
             Self::GateUp => "gate_up",
             Self::Down => "down",
             Self::Combine => "combine",
+            Self::Measure => "measure",
+            Self::Peak => "peak",
         }
     }
 
@@ -76,6 +86,8 @@ impl Family {
             Self::GateUp => include_bytes!(concat!(env!("OUT_DIR"), "/gate_up.fatbin")),
             Self::Down => include_bytes!(concat!(env!("OUT_DIR"), "/down.fatbin")),
             Self::Combine => include_bytes!(concat!(env!("OUT_DIR"), "/combine.fatbin")),
+            Self::Measure => include_bytes!(concat!(env!("OUT_DIR"), "/measure.fatbin")),
+            Self::Peak => include_bytes!(concat!(env!("OUT_DIR"), "/peak.fatbin")),
         }
     }
 }
@@ -108,11 +120,17 @@ pub enum Kernel {
     Down(Format),
     /// `moe_lora_combine_*`.
     Combine(Format),
+    /// `moe_lora_noise_*`.
+    Noise(Format),
+    /// `moe_lora_read`.
+    Read,
+    /// `moe_lora_peak`.
+    Peak,
 }
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 14] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -123,6 +141,10 @@ impl Kernel {
         Self::Down(Format::F16),
         Self::Combine(Format::Bf16),
         Self::Combine(Format::F16),
+        Self::Noise(Format::Bf16),
+        Self::Noise(Format::F16),
+        Self::Read,
+        Self::Peak,
     ];
 
     /// Its place in [`ALL`](Self::ALL).
@@ -138,6 +160,9 @@ impl Kernel {
             Self::GateUp(format) => 4 + second(format),
             Self::Down(format) => 6 + second(format),
             Self::Combine(format) => 8 + second(format),
+            Self::Noise(format) => 10 + second(format),
+            Self::Read => 12,
+            Self::Peak => 13,
         }
     }
 
@@ -150,6 +175,8 @@ impl Kernel {
             Self::GateUp(_) => Family::GateUp,
             Self::Down(_) => Family::Down,
             Self::Combine(_) => Family::Combine,
+            Self::Noise(_) | Self::Read => Family::Measure,
+            Self::Peak => Family::Peak,
         }
     }
 
@@ -167,6 +194,10 @@ impl Kernel {
             Self::Down(Format::F16) => "moe_lora_down_f16",
             Self::Combine(Format::Bf16) => "moe_lora_combine_bf16",
             Self::Combine(Format::F16) => "moe_lora_combine_f16",
+            Self::Noise(Format::Bf16) => "moe_lora_noise_bf16",
+            Self::Noise(Format::F16) => "moe_lora_noise_f16",
+            Self::Read => "moe_lora_read",
+            Self::Peak => "moe_lora_peak",
         }
     }
 
@@ -178,7 +209,8 @@ impl Kernel {
             Self::Align => launch::align_shared(launch::MOST_EXPERTS, u32::MAX),
             Self::Shrink(_) => launch::SHRINK_SHARED,
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
-            Self::Combine(_) => 0,
+            Self::Combine(_) | Self::Noise(_) | Self::Read => 0,
+            Self::Peak => launch::PEAK_SHARED,
         }
     }
 }

@@ -277,3 +277,53 @@ params!(
         scaling: f32,
     }
 );
+
+params!(
+    /// Signed noise for benchmarks, a function of seed and index alone.
+    NoiseParams, 40, Kernel::Noise, {
+        /// `[count]`, out.
+        out: u64,
+        /// Numbers.
+        count: u64,
+        /// Numbers of a row.
+        width: u64,
+        /// Numbers of a row that are not zero: its first ones.
+        filled: u64,
+        /// Equal seeds give equal noise.
+        seed: u32,
+        /// Standard deviation.
+        deviation: f32,
+    }
+);
+
+params!(
+    /// Reads memory and keeps nothing, to measure how fast that is.
+    ReadParams, 24, |_| Kernel::Read, {
+        /// First address, a multiple of 16.
+        from: u64,
+        /// Bytes, a multiple of 16.
+        bytes: u64,
+        /// u32, hardly ever written.
+        sink: u64,
+    }
+);
+
+params!(
+    /// Multiplies and keeps nothing, to measure how fast that is: `2 * 128 m * 256 n * 64 k` operations.
+    PeakParams, 40, |_| Kernel::Peak, {
+        /// bf16 `[m_tiles, k_steps, 128 * 64]`.
+        a: u64,
+        /// bf16 `[n_tiles, k_steps, 256 * 64]`.
+        b: u64,
+        /// f32, hardly ever written.
+        sink: u64,
+        /// Tiles of 128 rows, a multiple of 16.
+        m_tiles: u32,
+        /// Tiles of 256 columns, a multiple of 8.
+        n_tiles: u32,
+        /// Steps of 64 along k.
+        k_steps: u32,
+        /// Zero.
+        reserved: u32,
+    }
+);

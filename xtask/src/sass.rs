@@ -14,7 +14,7 @@ use std::{env, fs};
 /// Loads and stores of local memory.
 const LOCAL: [&str; 2] = ["LDL", "STL"];
 /// Families whose work is matrix products.
-const TENSOR_CORES: [&str; 3] = ["shrink", "gate_up", "down"];
+const TENSOR_CORES: [&str; 4] = ["shrink", "gate_up", "down", "peak"];
 
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     ensure!(words.is_empty(), "sass takes no arguments");
@@ -34,7 +34,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
             if LOCAL.into_iter().any(|what| has(&format!(" {what}"))) {
                 broken.push(format!("{kernel}: uses local memory"));
             }
-            if TENSOR_CORES.contains(&family) && !has("HMMA") {
+            if TENSOR_CORES.contains(&family) && !has("HMMA") && !has("HGMMA") {
                 broken.push(format!("{kernel}: no tensor-core instruction"));
             }
         }

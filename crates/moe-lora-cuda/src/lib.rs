@@ -30,6 +30,7 @@ mod error;
 mod gpu;
 mod kernels;
 mod memory;
+mod nodes;
 mod probe;
 mod stream;
 pub mod testing;
@@ -38,6 +39,7 @@ pub use error::GpuError;
 pub use gpu::Gpu;
 pub use kernels::Kernels;
 pub use memory::{ALIGNMENT, DeviceBuffer, Layout, PinnedBuffer};
+pub use nodes::GraphKernel;
 pub use probe::DeviceInfo;
 pub use stream::{Event, Graph, Stream};
 

@@ -267,6 +267,10 @@ impl Event {
 }
 
 impl Graph {
+    pub(crate) fn raw(&self) -> sys::CUgraph {
+        self.inner.cu_graph()
+    }
+
     /// Runs the captured work once, on the stream it was captured on.
     ///
     /// # Errors
