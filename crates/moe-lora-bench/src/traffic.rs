@@ -1,7 +1,7 @@
 //! What a pool's budget buys: adapters in the same bytes, and hits under uneven traffic.
 
 use fastrand::Rng;
-use moe_lora::pool::HostMemory;
+use moe_lora::pool::{Eviction, HostMemory};
 use moe_lora::{
     AdapterLayer, AdapterPool, AdapterWeights, DType, ExpertLora, InputError, LayerShape, Lora, Matrix, ModelShape,
     PoolConfig, PoolError, TokenAdapters,
@@ -37,11 +37,17 @@ pub struct Traffic {
 ///
 /// # Errors
 /// What the pool says.
-pub fn zipf(names: usize, resident: usize, exponent: f64, requests: usize, seed: u64) -> Result<Traffic, PoolError> {
+pub fn zipf(
+    eviction: Eviction,
+    [names, resident]: [usize; 2],
+    exponent: f64,
+    requests: usize,
+    seed: u64,
+) -> Result<Traffic, PoolError> {
     let model = ModelShape::uniform(LayerShape::new(1, 1, 8, 8)?, 1, DType::F32);
     let adapter = tiny(&model)?;
     let bytes = adapter.size_bytes();
-    let config = PoolConfig { bytes: resident * bytes, max_adapters: resident, ..PoolConfig::default() };
+    let config = PoolConfig { bytes: resident * bytes, max_adapters: resident, eviction, ..PoolConfig::default() };
     let pool = AdapterPool::new(HostMemory, &model, config)?;
     let packed = pool.pack("any", &adapter)?;
     let mut sums: Vec<f64> = Vec::with_capacity(names);
@@ -82,9 +88,13 @@ mod tests {
 
     #[test]
     fn traffic_hits_what_it_used_last() {
-        let even = zipf(50, 10, 0.0, 20_000, 1).unwrap();
+        let even = zipf(Eviction::LeastRecent, [50, 10], 0.0, 20_000, 1).unwrap();
         assert!((even.hits - 0.2).abs() < 0.02 && (even.best - 0.2).abs() < 1e-9, "{even:?}");
-        let steep = zipf(500, 16, 1.2, 20_000, 1).unwrap();
-        assert!(steep.hits > 0.4 && steep.hits < steep.best, "{steep:?}");
+        let steep = |eviction| zipf(eviction, [500, 16], 1.0, 40_000, 1).unwrap();
+        let (recent, frequent) = (steep(Eviction::LeastRecent), steep(Eviction::LeastFrequent));
+        assert!(
+            recent.hits > 0.25 && recent.hits < frequent.hits && frequent.hits < recent.best,
+            "{recent:?} {frequent:?}"
+        );
     }
 }

@@ -49,7 +49,7 @@ mod pool;
 mod shared;
 mod snapshot;
 
-pub use config::PoolConfig;
+pub use config::{Eviction, PoolConfig};
 #[cfg(feature = "cuda")]
 pub use device_table::DeviceTable;
 pub use error::PoolError;

@@ -10,6 +10,7 @@ use crate::{AdapterSnapshot, Lease, Memory, PoolConfig, PoolError, PoolSnapshot}
 use moe_lora_core::{AdapterId, AdapterWeights, InputError, ModelShape, TokenAdapters};
 use std::collections::HashMap;
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 /// An adapter in the form in which one pool's memory takes it. Clones share the bytes.
@@ -127,7 +128,7 @@ impl AdapterPool {
         if state.names.contains_key(name) {
             return Err(PoolError::AlreadyLoaded { name: name.into() });
         }
-        let (ticket, victims) = state.policy.admit(bytes)?;
+        let (ticket, victims) = state.policy.admit(who(name), bytes)?;
         let evicted = state.evict(&victims);
         let name: Arc<str> = name.into();
         state.names.insert(name.clone(), None);
@@ -319,6 +320,13 @@ impl AdapterPool {
         }
         Ok(bytes)
     }
+}
+
+/// The same for a name whenever it comes.
+fn who(name: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    hasher.finish()
 }
 
 impl fmt::Debug for AdapterPool {

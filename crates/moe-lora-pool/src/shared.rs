@@ -41,7 +41,7 @@ impl Shared {
     pub(crate) fn new(memory: Memory, shape: ModelShape, config: PoolConfig) -> Result<Self, PoolError> {
         let store = Store::new(&memory, &shape, &config)?;
         let state = State {
-            policy: Policy::new(config.bytes, config.max_adapters, store.rows(&config)),
+            policy: Policy::new(config.bytes, config.max_adapters, store.rows(&config), config.eviction),
             names: HashMap::new(),
             residents: HashMap::new(),
             loads: 0,
@@ -205,7 +205,7 @@ mod tests {
         let pool = AdapterPool::new(HostMemory, &shape, PoolConfig::default()).unwrap();
         let nothing = || AdapterWeights::new(&shape, BTreeMap::new()).unwrap();
         let before = pool.snapshot();
-        let (ticket, _) = pool.shared.state().policy.admit(100).unwrap();
+        let (ticket, _) = pool.shared.state().policy.admit(0, 100).unwrap();
         pool.shared.state().names.insert("new".into(), None);
         let claim = Claim::new(&pool.shared, "new".into(), ticket, true);
         assert_eq!((pool.snapshot().used_bytes, pool.find("new")), (100, None));

@@ -4,7 +4,7 @@ use super::launch::forward;
 use super::layer::{Adapters, Layer, Most};
 use crate::arguments::PoolArguments;
 use anyhow::{Context, Result, ensure};
-use moe_lora::pool::{CudaMemory, PackedAdapter};
+use moe_lora::pool::{CudaMemory, Eviction, PackedAdapter};
 use moe_lora::{
     AdapterLayer, AdapterPool, AdapterWeights, DType, ExpertLora, LayerShape, Lora, Matrix, ModelShape, PoolConfig,
     Projection, TokenAdapters,
@@ -23,8 +23,7 @@ const ROUNDS: usize = 12;
 pub(crate) fn run(arguments: &PoolArguments) -> Result<()> {
     let gpu = Gpu::open(arguments.device)?;
     let preset = PRESETS.iter().find(|preset| preset.name == arguments.preset);
-    let [experts, top_k, hidden, intermediate] =
-        preset.with_context(|| format!("no preset {}", arguments.preset))?.sizes;
+    let shape = preset.with_context(|| format!("no preset {}", arguments.preset))?.shape()?;
     let bench = PoolBench::new(&gpu, shape, arguments)?;
     let ceiling = ceiling(&gpu)?;
     println!("{}: page-locked memory to the GPU at {ceiling:.1} GB/s", gpu.info().name);
@@ -38,11 +37,13 @@ pub(crate) fn run(arguments: &PoolArguments) -> Result<()> {
         );
     }
     for exponent in [0.8, 1.0, 1.2] {
-        let met = zipf(500, 16, exponent, 200_000, 1)?;
+        let met = |eviction| zipf(eviction, [500, 16], exponent, 200_000, 1);
+        let (recent, frequent) = (met(Eviction::LeastRecent)?, met(Eviction::LeastFrequent)?);
         println!(
-            "500 adapters, 16 in the pool, Zipf {exponent}: {:.1} % hits, {:.1} % at best",
-            100.0 * met.hits,
-            100.0 * met.best
+            "500 adapters, 16 in the pool, Zipf {exponent}: {:.1} % hits by recency, {:.1} % by frequency, {:.1} % at best",
+            100.0 * recent.hits,
+            100.0 * frequent.hits,
+            100.0 * recent.best
         );
     }
     Ok(())
