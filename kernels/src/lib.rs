@@ -25,8 +25,8 @@ mod records;
 
 pub use launch::{Launch, RouteBounds};
 pub use params::{
-    AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams, ReadParams,
-    ShrinkParams, TopkParams,
+    AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams,
+    ReadParams, ShrinkParams, TopkParams,
 };
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
@@ -126,11 +126,13 @@ pub enum Kernel {
     Read,
     /// `moe_lora_peak`.
     Peak,
+    /// `moe_lora_align_block`.
+    AlignBlock,
 }
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -145,6 +147,7 @@ impl Kernel {
         Self::Noise(Format::F16),
         Self::Read,
         Self::Peak,
+        Self::AlignBlock,
     ];
 
     /// Its place in [`ALL`](Self::ALL).
@@ -163,6 +166,7 @@ impl Kernel {
             Self::Noise(format) => 10 + second(format),
             Self::Read => 12,
             Self::Peak => 13,
+            Self::AlignBlock => 14,
         }
     }
 
@@ -170,7 +174,7 @@ impl Kernel {
     #[must_use]
     pub const fn family(self) -> Family {
         match self {
-            Self::Topk | Self::Align => Family::Route,
+            Self::Topk | Self::Align | Self::AlignBlock => Family::Route,
             Self::Shrink(_) => Family::Shrink,
             Self::GateUp(_) => Family::GateUp,
             Self::Down(_) => Family::Down,
@@ -186,6 +190,7 @@ impl Kernel {
         match self {
             Self::Topk => "moe_lora_topk",
             Self::Align => "moe_lora_align",
+            Self::AlignBlock => "moe_lora_align_block",
             Self::Shrink(Format::Bf16) => "moe_lora_shrink_bf16",
             Self::Shrink(Format::F16) => "moe_lora_shrink_f16",
             Self::GateUp(Format::Bf16) => "moe_lora_gate_up_bf16",
@@ -206,7 +211,7 @@ impl Kernel {
     pub const fn most_shared_bytes(self) -> u32 {
         match self {
             Self::Topk => launch::topk_shared(launch::MOST_EXPERTS),
-            Self::Align => launch::align_shared(launch::MOST_EXPERTS, u32::MAX),
+            Self::Align | Self::AlignBlock => launch::align_shared(launch::MOST_EXPERTS, u32::MAX),
             Self::Shrink(_) => launch::SHRINK_SHARED,
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
             Self::Combine(_) | Self::Noise(_) | Self::Read => 0,

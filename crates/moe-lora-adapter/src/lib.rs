@@ -36,6 +36,7 @@ mod options;
 mod pattern;
 mod repack;
 mod resolve;
+mod shard;
 mod stacked;
 mod strict;
 mod summary;

@@ -48,6 +48,12 @@ pub(crate) struct Forward {
     /// auto (GPU 0 if it can be used, else the CPU), cpu or cuda:N
     #[arg(long, default_value = "auto")]
     pub(crate) device: DeviceChoice,
+    /// Split the intermediate size over N tensor-parallel ranks
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "reference")]
+    pub(crate) tp: usize,
+    /// Split the experts over M expert-parallel ranks, each a group of N; ranks are threads, on a GPU each if there are as many
+    #[arg(long, value_name = "M", default_value_t = 1, conflicts_with = "reference")]
+    pub(crate) ep: usize,
     /// Compute in f64, slowly: the truth that everything else is compared with
     #[arg(long)]
     pub(crate) reference: bool,

@@ -12,6 +12,7 @@ mod forward;
 mod inspect;
 mod load;
 mod outcome;
+mod ranks;
 mod table;
 mod tensors;
 

@@ -117,6 +117,19 @@ impl Matrix {
         Self::new(self.buffer.clone(), self.dtype, offset, count, self.cols, self.stride * step)
     }
 
+    /// `count` columns from `first` on, as a view of the same bytes.
+    ///
+    /// # Errors
+    /// If the columns do not exist.
+    pub fn select_cols(&self, first: usize, count: usize) -> Result<Self, InputError> {
+        if count == 0 || first.checked_add(count).is_none_or(|end| end > self.cols) {
+            let found = format!("{count} columns from {first}");
+            return Err(InputError::new(found, format!("columns of a matrix of {}", self.cols)));
+        }
+        let offset = self.span.start + first * self.dtype.size();
+        Self::new(self.buffer.clone(), self.dtype, offset, self.rows, count, self.stride)
+    }
+
     /// Rows.
     #[must_use]
     pub const fn rows(&self) -> usize {
@@ -267,6 +280,15 @@ mod tests {
         assert!(!up.same_storage(&all) && up.same_storage(&up.clone()));
         assert!(all.select_rows(1, 4, 2).is_err());
         assert!(all.select_rows(0, 0, 1).is_err());
+    }
+
+    #[test]
+    fn columns_are_a_view() {
+        let all = Matrix::from_vec((0..12).map(|x| x as f32).collect(), 3, 4).unwrap();
+        let last = all.select_cols(2, 2).unwrap();
+        assert_eq!((last.to_vec::<f32>(), last.row_stride()), (vec![2.0, 3.0, 6.0, 7.0, 10.0, 11.0], 4));
+        assert_eq!(last.select_cols(1, 1).unwrap().select_rows(1, 2, 1).unwrap().to_vec::<f32>(), [7.0, 11.0]);
+        assert!(all.select_cols(3, 2).is_err() && all.select_cols(0, 0).is_err() && all.select_cols(9, 1).is_err());
     }
 
     #[test]

@@ -104,7 +104,7 @@ fn check(draw: &Draw, batch: &Batch, stream: &moe_lora_cuda::Stream, name: &str)
         if (row - expert_first) % 128 == 0 {
             tiles.push(RowTile { expert, first_row: row, num_rows: 0, first_segment: segments.len() as u32 - 1 });
         }
-        if slot >= 0 && (opens || (row - expert_first) % 32 == 0) {
+        if slot >= 0 && (opens || (row - expert_first) % 64 == 0) {
             chunks.push(DeviceSegment { expert, slot, first_row: row, end_row: row });
         }
         segments.last_mut().unwrap().end_row = row + 1;

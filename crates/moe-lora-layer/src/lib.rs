@@ -1,4 +1,5 @@
-//! `FusedMoEWithLoRA`: base weights, a router and a view of the adapter pool, as one layer.
+//! `FusedMoEWithLoRA`: base weights, a router and a view of the adapter pool, as one layer, or as one rank's part of a layer
+//! that several ranks compute together ([`with_shard`](FusedMoEWithLoRA::with_shard)).
 //!
 //! # Example
 //!
@@ -23,10 +24,15 @@
 //! ```
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod layer;
+mod ranks;
 mod stages;
 
+#[cfg(feature = "cuda")]
+pub use cuda::LayerGraph;
 pub use error::LayerError;
 pub use layer::FusedMoEWithLoRA;
 

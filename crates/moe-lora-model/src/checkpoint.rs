@@ -5,7 +5,7 @@ use crate::load::load;
 use crate::router::Router;
 use crate::tensors::Tensors;
 use crate::{Family, ModelConfig, ModelError, config};
-use moe_lora_core::{DType, InputError, LayerWeights, ModelShape, RouterWeights};
+use moe_lora_core::{DType, InputError, LayerWeights, ModelShape, RouterWeights, Shard};
 use moe_lora_files::read_json;
 use std::path::Path;
 
@@ -98,10 +98,21 @@ impl Checkpoint {
     /// # Errors
     /// [`ModelError::Input`] if the layer has no experts, or its tensors are missing.
     pub fn layer_weights(&self, layer: usize) -> Result<LayerWeights, ModelError> {
+        self.layer_shard(layer, &Shard::WHOLE)
+    }
+
+    /// The part of a layer that a rank holds: its experts, and its part of each. As in
+    /// [`layer_weights`](Self::layer_weights), matrices are views of the mapped files, so a rank's pages alone are read; of
+    /// what has to be copied, only the rank's part is.
+    ///
+    /// # Errors
+    /// As [`layer_weights`](Self::layer_weights) and [`Shard::share`].
+    pub fn layer_shard(&self, layer: usize, shard: &Shard) -> Result<LayerWeights, ModelError> {
         let block = self.block(layer)?;
+        let share = shard.share(&self.config.layer)?;
         let experts = Experts::find(&self.tensors, &self.config, &block)?;
-        let experts = load(&experts, &self.config.layer, self.config.family.storage())?;
-        Ok(LayerWeights::new(self.config.layer, experts, self.config.activation)
+        let experts = load(&experts, &self.config.layer, self.config.family.storage(), &share)?;
+        Ok(LayerWeights::new(share.shape, experts, self.config.activation)
             .map_err(|e| e.in_tensor(block).in_file(self.tensors.folder()))?)
     }
 

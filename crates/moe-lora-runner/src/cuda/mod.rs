@@ -1,10 +1,13 @@
 //! The same layer on an NVIDIA GPU: one pipeline behind a raw door, and a safe door that uses it.
 
+mod graph;
 mod launch;
 pub mod raw;
 mod runner;
+pub mod slices;
 mod weights;
 mod workspace;
 
+pub use graph::CapturedForward;
 pub use runner::CudaRunner;
 pub use weights::CudaWeights;
