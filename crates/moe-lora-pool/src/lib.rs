@@ -6,6 +6,9 @@
 //! the lease drops. If the budget is full, the adapters that were not used for the longest time go, but never one that is
 //! pinned or leased. A call that fails leaves the pool as it was.
 //!
+//! An [`AdapterLibrary`] above it knows any number of adapters by name: it reads and packs them when somebody asks, keeps
+//! packed ones in host memory, admits requests in a fair order and gives adapters new versions while they are served.
+//!
 //! What stays and what goes is decided in one pure place that knows bytes, slots, uses, pins and leases; the [`Memory`]
 //! below it only stores and frees. The memory is the host's ([`HostMemory`]) or, with the feature `cuda`, a GPU's
 //! (`CudaMemory`).

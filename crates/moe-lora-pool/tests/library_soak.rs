@@ -41,7 +41,7 @@ fn next_version(name: u32) -> u32 {
 /// One read in eight fails, and every version that is read is a new one.
 fn source(name: u32) -> Source {
     Source::new(move || match next_version(name) {
-        version if version / NAMES % 8 == 0 => Err(InputError::new("a torn file", "a whole one")),
+        version if (version / NAMES).is_multiple_of(8) => Err(InputError::new("a torn file", "a whole one")),
         version => Ok(weights(version)),
     })
 }
