@@ -35,6 +35,7 @@ const NO_CUDA: [&str; 5] =
 const UNSAFE: &[&str] = &[
     "crates/moe-lora-bench/src/gpu.rs",
     "crates/moe-lora-bench/src/gpu/launch.rs",
+    "crates/moe-lora-bench/src/gpu/pool.rs",
     "crates/moe-lora-c/src/",
     "crates/moe-lora-cuda/",
     "crates/moe-lora-files/src/map.rs",
