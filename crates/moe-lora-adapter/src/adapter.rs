@@ -3,7 +3,7 @@
 use crate::config::AdapterConfig;
 use crate::index::Index;
 use crate::load::Context;
-use crate::{AdapterError, AdapterSummary, OpenOptions, resolve, strict, summary};
+use crate::{AdapterError, AdapterSummary, LinearAdapters, OpenOptions, linear, resolve, strict, summary};
 use half::{bf16, f16};
 use moe_lora_core::{AdapterWeights, DType, InputError, ModelShape, Shard};
 use moe_lora_files::SafetensorsFile;
@@ -126,6 +126,26 @@ impl PeftAdapter {
         Ok(weights.map_err(|e| e.in_file(self.file.path()))?)
     }
 
+    /// Reads and checks the LoRA of modules outside the experts: of every decoder layer's module, `self_attn.q_proj` for
+    /// instance, for which `shape_of(layer, module)` gives `[out, in]`. The matrices are converted to `dtype`, nothing is
+    /// scaled.
+    ///
+    /// # Errors
+    /// As [`resolve`](Self::resolve).
+    pub fn resolve_linear(
+        &self,
+        dtype: DType,
+        shape_of: impl Fn(usize, &str) -> Option<[usize; 2]>,
+    ) -> Result<LinearAdapters, AdapterError> {
+        let parts = (&self.file, &self.config, &self.index);
+        let all = match dtype {
+            DType::F32 => linear::resolve::<f32>(parts, &self.options, shape_of),
+            DType::F16 => linear::resolve::<f16>(parts, &self.options, shape_of),
+            DType::Bf16 => linear::resolve::<bf16>(parts, &self.options, shape_of),
+        };
+        Ok(all.map_err(|e| e.in_file(self.file.path()))?)
+    }
+
     /// The settings.
     #[must_use]
     pub const fn config(&self) -> &AdapterConfig {
@@ -138,7 +158,8 @@ impl PeftAdapter {
         &self.warnings
     }
 
-    /// Names of tensors that change no expert: attention, routers, shared experts, embeddings. They are not loaded.
+    /// Names of tensors that change no expert: attention, routers, shared experts, embeddings. [`resolve`](Self::resolve)
+    /// leaves them; [`resolve_linear`](Self::resolve_linear) reads those that its caller applies.
     #[must_use]
     pub fn unused_keys(&self) -> &[String] {
         &self.index.unused

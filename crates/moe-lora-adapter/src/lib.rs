@@ -31,6 +31,7 @@ mod fused;
 mod index;
 mod key;
 mod layout;
+mod linear;
 mod load;
 mod options;
 mod pattern;
@@ -44,6 +45,7 @@ mod summary;
 pub use adapter::PeftAdapter;
 pub use config::{AdapterConfig, TargetModules};
 pub use error::AdapterError;
+pub use linear::LinearAdapters;
 pub use options::{ExpertLayout, OpenOptions};
 pub use summary::{AdapterSummary, KeyForm};
 

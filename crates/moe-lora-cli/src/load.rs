@@ -21,12 +21,7 @@ pub(crate) fn adapters(
     options: &OpenOptions,
     grid: &[Shard],
 ) -> Result<Vec<Vec<AdapterWeights>>> {
-    let mut names = HashSet::new();
-    if let Some(twice) = named.iter().find(|a| !names.insert(&a.name)) {
-        return Err(InputError::new(format!("the name {:?} twice", twice.name), "unique names")
-            .in_tensor("--adapter")
-            .into());
-    }
+    unique_names(named)?;
     let bar = progress(named.len());
     let mut ranks = vec![Vec::with_capacity(named.len()); grid.len()];
     for NamedAdapter { name, dir } in named {
@@ -39,6 +34,18 @@ pub(crate) fn adapters(
     }
     bar.finish_and_clear();
     Ok(ranks)
+}
+
+/// That no name was given to two adapters.
+pub(crate) fn unique_names(named: &[NamedAdapter]) -> Result<(), InputError> {
+    let mut names = HashSet::new();
+    match named.iter().find(|a| !names.insert(&a.name)) {
+        None => Ok(()),
+        Some(twice) => {
+            let found = format!("the name {:?} twice", twice.name);
+            Err(InputError::new(found, "unique names").in_tensor("--adapter"))
+        }
+    }
 }
 
 fn notes(name: &str, adapter: &PeftAdapter) {

@@ -232,6 +232,21 @@ pub struct MatrixRef<'a, T> {
 }
 
 impl<'a, T> MatrixRef<'a, T> {
+    /// A view of `rows` x `cols` numbers of `data`, rows `stride` numbers apart.
+    ///
+    /// # Errors
+    /// If rows overlap or reach past `data`.
+    pub fn new(data: &'a [T], rows: usize, cols: usize, stride: usize) -> Result<Self, InputError> {
+        let end = rows.saturating_sub(1).checked_mul(stride).and_then(|n| n.checked_add(cols));
+        if stride < cols || end.is_none_or(|end| end > data.len()) {
+            return Err(InputError::new(
+                format!("{rows} rows of {cols}, {stride} apart"),
+                format!("rows within {} numbers that do not overlap", data.len()),
+            ));
+        }
+        Ok(Self { data, rows, cols, stride })
+    }
+
     /// Rows.
     #[must_use]
     pub const fn rows(&self) -> usize {
@@ -301,5 +316,11 @@ mod tests {
         assert!(new(0, 0, 2, 2).is_err(), "empty");
         assert!(new(0, 2, 2, 1).is_err(), "overlapping rows");
         assert!(new(0, usize::MAX, usize::MAX, usize::MAX).is_err(), "overflow");
+
+        let values = [1, 2, 3, 4, 5];
+        assert_eq!(MatrixRef::new(&values, 2, 2, 3).unwrap().row(1), [4, 5]);
+        assert!(MatrixRef::new(&values, 2, 2, 4).is_err(), "past the end");
+        assert!(MatrixRef::new(&values, 2, 2, 1).is_err(), "overlapping rows");
+        assert!(MatrixRef::new(&values, usize::MAX, 2, usize::MAX).is_err(), "overflow");
     }
 }

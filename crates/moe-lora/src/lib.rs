@@ -34,7 +34,9 @@ pub use moe_lora_core::{
 pub use moe_lora_layer::LayerGraph;
 pub use moe_lora_layer::{FusedMoEWithLoRA, LayerError};
 pub use moe_lora_model::{Checkpoint, ModelError};
-pub use moe_lora_pool::{AdapterPool, Lease, PoolConfig, PoolError};
+pub use moe_lora_pool::{
+    AdapterLibrary, AdapterPool, Admission, Eviction, Held, Lease, LibraryConfig, PoolConfig, PoolError, Source, Tier,
+};
 pub use moe_lora_runner::{Batch, Device, Limits, MoeRunner, RunnerError};
 #[cfg(feature = "cuda")]
 pub use moe_lora_runner::{CapturedForward, CudaRunner, CudaWeights, raw, slices};
