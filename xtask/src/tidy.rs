@@ -42,6 +42,7 @@ const UNSAFE: &[&str] = &[
     "crates/moe-lora-gemm/src/cpu/simd/",
     "crates/moe-lora-route/src/cuda/",
     "crates/moe-lora-pool/src/memory/cuda/upload.rs",
+    "crates/moe-lora-pool/src/memory/cuda/views",
     "crates/moe-lora-runner/src/cuda/",
     "kernels/",
     // The list that you read.

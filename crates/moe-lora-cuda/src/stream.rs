@@ -221,6 +221,53 @@ impl Stream {
         GpuError::check("copying to the GPU", unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.raw()) })
     }
 
+    /// Begins a copy of `rows` rows of `width` bytes inside the GPU's memory: from address to address, rows `pitch` bytes apart
+    /// on each side.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    ///
+    /// # Safety
+    /// Both sides must be GPU memory that stays allocated until the stream has done it. Until then nobody else uses what is
+    /// written or writes what is read.
+    pub unsafe fn copy_rows_async(
+        &self,
+        (to, to_pitch): (u64, usize),
+        (from, from_pitch): (u64, usize),
+        width: usize,
+        rows: usize,
+    ) -> Result<(), GpuError> {
+        if rows == 0 || width == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        if to_pitch == width && from_pitch == width {
+            // SAFETY: the caller's promise.
+            return unsafe { result::memcpy_dtod_async(to, from, width * rows, self.raw()) }
+                .map_err(|e| GpuError::driver("copying in the GPU", e));
+        }
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcHost: std::ptr::null(),
+            srcDevice: from,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: from_pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: to,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: to_pitch,
+            WidthInBytes: width,
+            Height: rows,
+        };
+        // SAFETY: the caller's promise.
+        GpuError::check("copying in the GPU", unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.raw()) })
+    }
+
     /// A new event, recorded after all work given to this stream so far. `timing` events can be subtracted.
     ///
     /// # Errors

@@ -62,7 +62,7 @@ pub use library::{
     Tier, Waiting,
 };
 #[cfg(feature = "cuda")]
-pub use memory::cuda::{CudaMemory, TableAddress};
+pub use memory::cuda::{CudaMemory, DeviceLayer, DeviceLora, DeviceMatrix, DeviceWeights, TableAddress};
 pub use memory::{HostMemory, Memory};
 pub use pool::{AdapterPool, PackedAdapter};
 pub use snapshot::{AdapterSnapshot, PoolSnapshot};

@@ -10,7 +10,7 @@ pub use host::HostMemory;
 
 use crate::{PoolConfig, PoolError};
 #[cfg(feature = "cuda")]
-use cuda::{CudaBlock, CudaMemory, CudaStore, Image};
+use cuda::{CudaBlock, CudaMemory, CudaStore, Image, Origin, Views};
 use moe_lora_core::{AdapterWeights, DType, ModelShape};
 use std::fmt;
 #[cfg(feature = "cuda")]
@@ -66,12 +66,14 @@ pub(crate) struct StoreBytes {
     pub(crate) unusable: usize,
 }
 
-/// An adapter on the host, in the form in which its memory takes it.
+/// An adapter in the form in which its memory takes it: on the host, or in the GPU's memory already.
 #[derive(Debug, Clone)]
 pub(crate) enum Packed {
     Host(AdapterWeights),
     #[cfg(feature = "cuda")]
     Cuda(Arc<Image>),
+    #[cfg(feature = "cuda")]
+    Device(Arc<Views>),
 }
 
 /// One stored adapter; dropping it frees its memory.
@@ -149,14 +151,14 @@ impl Store {
             (_, Packed::Host(weights)) => Ok(Block::Host(weights.clone())),
             #[cfg(feature = "cuda")]
             (Self::Cuda(store), Packed::Cuda(image)) => {
-                let old = instead_of.and_then(|old| match old {
-                    Block::Cuda(block) => Some(block),
-                    Block::Host(_) => None,
-                });
-                store.place(image, row, old).map(Block::Cuda)
+                store.place(Origin::Image(image), row, instead_of.and_then(Block::cuda)).map(Block::Cuda)
             }
             #[cfg(feature = "cuda")]
-            (Self::Host(_), Packed::Cuda(_)) => Err(PoolError::OutOfMemory { bytes: 0 }),
+            (Self::Cuda(store), Packed::Device(views)) => {
+                store.place(Origin::Views(views), row, instead_of.and_then(Block::cuda)).map(Block::Cuda)
+            }
+            #[cfg(feature = "cuda")]
+            (Self::Host(_), Packed::Cuda(_) | Packed::Device(_)) => Err(PoolError::OutOfMemory { bytes: 0 }),
         }
     }
 }
@@ -168,6 +170,14 @@ impl Block {
             Self::Host(weights) => Some(weights),
             #[cfg(feature = "cuda")]
             Self::Cuda(_) => None,
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    const fn cuda(&self) -> Option<&CudaBlock> {
+        match self {
+            Self::Host(_) => None,
+            Self::Cuda(block) => Some(block),
         }
     }
 

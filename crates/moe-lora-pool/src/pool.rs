@@ -2,7 +2,7 @@
 
 use crate::check::check;
 #[cfg(feature = "cuda")]
-use crate::memory::cuda::TableAddress;
+use crate::memory::cuda::{DeviceWeights, TableAddress, Views};
 use crate::memory::{Packed, Store};
 use crate::policy::Tenant;
 use crate::shared::{Claim, Shared};
@@ -36,6 +36,8 @@ impl PackedAdapter {
             Packed::Host(_) => self.bytes,
             #[cfg(feature = "cuda")]
             Packed::Cuda(image) => image.bytes(),
+            #[cfg(feature = "cuda")]
+            Packed::Device(_) => 0,
         }
     }
 
@@ -111,6 +113,42 @@ impl AdapterPool {
     pub fn replace_packed(&self, name: &str, adapter: &PackedAdapter) -> Result<AdapterId, PoolError> {
         self.own(name, adapter)?;
         self.claim_replacement(name, adapter.bytes)?.store(&adapter.packed, adapter.max_rank)
+    }
+
+    /// [`load`](Self::load) of matrices in the GPU's memory, which do not pass through the host. It returns when the copies
+    /// are on their way, behind the work of the weights' stream. They are in the pool's format; that they are finite is not
+    /// looked at.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), and [`PoolError::Input`] if the pool is in the host's memory.
+    #[cfg(feature = "cuda")]
+    pub fn load_device(&self, name: &str, weights: &DeviceWeights) -> Result<AdapterId, PoolError> {
+        let views = self.check_device(name, weights)?;
+        self.claim(name, views.bytes())?.store(&Packed::Device(views.into()), weights.max_rank())
+    }
+
+    /// [`replace`](Self::replace) by matrices in the GPU's memory, as [`load_device`](Self::load_device) takes them: the step
+    /// of a training loop on the same GPU. An [`AdapterLibrary`](crate::AdapterLibrary) does not hear of it: pin the adapter
+    /// there, or what it loads after an eviction is an older version.
+    ///
+    /// # Errors
+    /// As [`replace`](Self::replace) and [`load_device`](Self::load_device).
+    #[cfg(feature = "cuda")]
+    pub fn replace_device(&self, name: &str, weights: &DeviceWeights) -> Result<AdapterId, PoolError> {
+        let views = self.check_device(name, weights)?;
+        self.claim_replacement(name, views.bytes())?.store(&Packed::Device(views.into()), weights.max_rank())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn check_device(&self, name: &str, weights: &DeviceWeights) -> Result<Views, InputError> {
+        let Shared { memory, store, shape, config, .. } = &*self.shared;
+        let Memory::Cuda(cuda) = memory else {
+            return Err(InputError::new(format!("a pool on {memory}"), "a pool in GPU memory"));
+        };
+        weights.check(cuda.gpu(), store.dtype(shape), shape, config).map_err(|error| of_adapter(name, error))?;
+        let views = Views::new(weights);
+        self.check_bytes(name, views.bytes())?;
+        Ok(views)
     }
 
     fn own(&self, name: &str, adapter: &PackedAdapter) -> Result<(), InputError> {
@@ -309,17 +347,25 @@ impl AdapterPool {
     /// Everything that needs no lock. Returns the bytes to charge.
     fn check(&self, name: &str, weights: &AdapterWeights) -> Result<usize, InputError> {
         let Shared { store, shape, config, .. } = &*self.shared;
-        check(weights, shape, store.dtype(shape), config).map_err(|mut error| {
-            error.tensor = Some(format!("adapter {name:?} {}", error.tensor.unwrap_or_default()).trim_end().into());
-            error
-        })?;
+        check(weights, shape, store.dtype(shape), config).map_err(|error| of_adapter(name, error))?;
         let bytes = store.bytes(weights, shape);
-        if bytes > config.bytes {
-            let expected = format!("at most the pool's budget of {} bytes", config.bytes);
-            return Err(InputError::new(format!("{bytes} bytes"), expected).in_tensor(format!("adapter {name:?}")));
-        }
+        self.check_bytes(name, bytes)?;
         Ok(bytes)
     }
+
+    fn check_bytes(&self, name: &str, bytes: usize) -> Result<(), InputError> {
+        let budget = self.shared.config.bytes;
+        if bytes > budget {
+            let expected = format!("at most the pool's budget of {budget} bytes");
+            return Err(InputError::new(format!("{bytes} bytes"), expected).in_tensor(format!("adapter {name:?}")));
+        }
+        Ok(())
+    }
+}
+
+fn of_adapter(name: &str, mut error: InputError) -> InputError {
+    error.tensor = Some(format!("adapter {name:?} {}", error.tensor.unwrap_or_default()).trim_end().into());
+    error
 }
 
 /// The same for a name whenever it comes.

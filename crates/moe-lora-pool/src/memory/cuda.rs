@@ -13,10 +13,13 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod upload;
+mod views;
 
 pub use table::TableAddress;
+pub use views::{DeviceLayer, DeviceLora, DeviceMatrix, DeviceWeights};
 
 pub(crate) use image::Image;
+pub(crate) use views::Views;
 
 use crate::memory::StoreBytes;
 use crate::memory::extents::runs;
@@ -102,6 +105,22 @@ impl From<GpuError> for PoolError {
     }
 }
 
+/// Where an adapter's bytes come from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Origin<'a> {
+    Image(&'a Arc<Image>),
+    Views(&'a Views),
+}
+
+impl<'a> Origin<'a> {
+    fn plan(self) -> &'a Plan {
+        match self {
+            Self::Image(image) => &image.plan,
+            Self::Views(views) => &views.plan,
+        }
+    }
+}
+
 /// What one pool has in a GPU's memory, and the stream that brings it there.
 #[derive(Debug)]
 pub(crate) struct CudaStore {
@@ -167,18 +186,18 @@ impl CudaStore {
         self.state().tables.address(layer)
     }
 
-    /// Begins to upload an image and its rows of the tables, and returns without waiting. With `instead_of`, which nobody
-    /// leases, the image may lie where that block lies; that block is then gone, unless this fails for want of room.
+    /// Begins to copy an adapter and its rows of the tables, and returns without waiting. With `instead_of`, which nobody
+    /// leases, it may lie where that block lies; that block is then gone, unless this fails for want of room.
     pub(crate) fn place(
         self: &Arc<Self>,
-        image: &Arc<Image>,
+        origin: Origin<'_>,
         slot: u32,
         instead_of: Option<&CudaBlock>,
     ) -> Result<CudaBlock, PoolError> {
         let mut guard = self.state();
         let state = &mut *guard;
         state.uploads.retain(|(done, _)| !done.is_done().unwrap_or(true));
-        let plan = &image.plan;
+        let plan = origin.plan();
         let places = match instead_of {
             None => state.arena.take(&plan.pieces, &self.copy)?,
             Some(old) => {
@@ -193,7 +212,7 @@ impl CudaStore {
             }
         };
         let ranges = runs(&plan.pieces, &places);
-        match self.upload(state, image, slot, &places) {
+        match self.upload(state, origin, slot, &places) {
             Ok((written, uploaded)) => {
                 let layer = |(layer, uploaded): (&plan::LayerPlan, _)| (layer.index, layer.max_rank, uploaded);
                 Ok(CudaBlock {
@@ -207,7 +226,7 @@ impl CudaStore {
                 })
             }
             Err(error) => {
-                // Copies that were begun read the image.
+                // Copies that were begun read it.
                 let _ = self.copy.synchronize();
                 state.arena.give(ranges, Vec::new());
                 Err(error)
@@ -218,15 +237,21 @@ impl CudaStore {
     fn upload(
         &self,
         state: &mut State,
-        image: &Arc<Image>,
+        origin: Origin<'_>,
         slot: u32,
         places: &[usize],
     ) -> Result<(Arc<Event>, Vec<Arc<Event>>), PoolError> {
         let State { arena, tables, uploads } = state;
         let address = |piece: usize| arena.address(places[piece]);
-        let written = tables.write(&self.gpu, &self.copy, slot as usize, &image.plan, address)?;
-        let uploaded = upload::layers(&self.copy, arena, places, image)?;
-        uploads.push((Arc::clone(uploaded.last().unwrap_or(&written)), Arc::clone(image)));
+        let written = tables.write(&self.gpu, &self.copy, slot as usize, origin.plan(), address)?;
+        let uploaded = match origin {
+            Origin::Image(image) => {
+                let uploaded = upload::layers(&self.copy, arena, places, image)?;
+                uploads.push((Arc::clone(uploaded.last().unwrap_or(&written)), Arc::clone(image)));
+                uploaded
+            }
+            Origin::Views(views) => upload::views(&self.copy, arena, places, views)?,
+        };
         Ok((written, uploaded))
     }
 }

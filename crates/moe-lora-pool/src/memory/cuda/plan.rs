@@ -4,6 +4,7 @@ use crate::memory::extents::GRAIN;
 use bytemuck::cast_slice;
 use moe_lora_core::{AdapterLayer, AdapterWeights, Element, Lora, Matrix, Projection};
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::ops::Range;
 
 /// What ranks are padded to: 16 bytes of numbers.
@@ -51,27 +52,38 @@ pub(super) enum Side {
 
 impl Plan {
     /// The plan of an adapter, and its matrices in the order of the pieces.
-    pub(super) fn new(weights: &AdapterWeights) -> (Self, Vec<(Side, &Matrix)>) {
+    pub(super) fn new<'a>(weights: &'a AdapterWeights) -> (Self, Vec<(Side, &'a Matrix)>) {
+        let parts = |lora: Option<&'a Lora>| lora.map(|lora| (lora.a(), lora.b(), lora.scale()));
+        let layers = weights.layers().iter().map(|(&index, layer)| (index, loras(layer).map(parts).collect()));
+        Self::of(layers, |matrix| (matrix.storage_key(), matrix.shape()))
+    }
+
+    /// The same of any matrices: layers by index with the A, B and scale of `[E, 3]` changes. `known` gives what two equal
+    /// matrices share, and the shape.
+    pub(super) fn of<M: Copy, K: Eq + Hash>(
+        adapter: impl Iterator<Item = (usize, Vec<Option<(M, M, f32)>>)>,
+        known: impl Fn(M) -> (K, [usize; 2]),
+    ) -> (Self, Vec<(Side, M)>) {
         let (mut matrices, mut pieces, mut places) = (Vec::new(), Vec::new(), HashMap::new());
         let mut piece = |side: Side, matrix| {
-            *places.entry((side, Matrix::storage_key(matrix))).or_insert_with(|| {
+            let (key, shape) = known(matrix);
+            *places.entry((side, key)).or_insert_with(|| {
                 matrices.push((side, matrix));
-                pieces.push(side.bytes(matrix));
+                pieces.push(side.bytes(shape));
                 pieces.len() - 1
             })
         };
         let mut layers = Vec::new();
         let mut first = 0;
-        for (&index, layer) in weights.layers() {
-            let entries: Vec<_> = loras(layer)
-                .map(|lora| {
-                    let lora = lora?;
-                    let (a, b) = (piece(Side::A, lora.a()), piece(Side::B, lora.b()));
-                    Some(PlannedLora { a, b, rank: lora.rank(), scale: lora.scale() })
-                })
-                .collect();
+        for (index, loras) in adapter {
+            let mut entry = |(a, b, scale)| {
+                let [rank, _] = known(a).1;
+                PlannedLora { a: piece(Side::A, a), b: piece(Side::B, b), rank, scale }
+            };
+            let entries: Vec<_> = loras.into_iter().map(|lora| lora.map(&mut entry)).collect();
             let end = entries.iter().flatten().map(|lora| lora.a.max(lora.b) + 1).fold(first, usize::max);
-            layers.push(LayerPlan { index, pieces: first..end, entries, max_rank: layer.max_rank() });
+            let max_rank = entries.iter().flatten().map(|lora| lora.rank).max().unwrap_or(0);
+            layers.push(LayerPlan { index, pieces: first..end, entries, max_rank });
             first = end;
         }
         (Self { pieces, layers }, matrices)
@@ -85,20 +97,27 @@ impl Plan {
 
 impl Side {
     /// Bytes of the padded matrix in 16-bit numbers, at the grain.
-    fn bytes(self, matrix: &Matrix) -> usize {
-        let [rows, cols] = matrix.shape();
+    pub(super) fn bytes(self, [rows, cols]: [usize; 2]) -> usize {
         let numbers = match self {
             Self::A => rows.next_multiple_of(STEP) * cols,
-            Self::B => rows * cols.next_multiple_of(STEP),
+            Self::B => rows * self.stride(cols),
         };
         (2 * numbers).next_multiple_of(GRAIN)
+    }
+
+    /// Numbers from row to row of the padded matrix.
+    pub(super) const fn stride(self, cols: usize) -> usize {
+        match self {
+            Self::A => cols,
+            Self::B => cols.next_multiple_of(STEP),
+        }
     }
 
     /// Hands the padded matrix's bytes to `write`, part by part.
     pub(super) fn write<T: Element>(self, matrix: &Matrix, write: &mut impl FnMut(&[u8])) {
         let [rows, cols] = matrix.shape();
         let mut written = 2 * rows * cols;
-        let padded = if self == Self::B { cols.next_multiple_of(STEP) } else { cols };
+        let padded = self.stride(cols);
         if let Some(view) = matrix.view::<T>().filter(|_| padded == cols) {
             match view.stride() == cols {
                 true => write(cast_slice(&view.data()[..rows * cols])),
@@ -114,7 +133,7 @@ impl Side {
             written = 2 * rows * padded;
         }
         const ZEROS: [u8; 4096] = [0; 4096];
-        let mut left = self.bytes(matrix) - written;
+        let mut left = self.bytes(matrix.shape()) - written;
         while left > 0 {
             let part = left.min(ZEROS.len());
             write(&ZEROS[..part]);
@@ -148,7 +167,7 @@ mod tests {
     fn written(side: Side, matrix: &Matrix) -> Vec<bf16> {
         let mut bytes: Vec<u8> = Vec::new();
         side.write::<bf16>(matrix, &mut |part| bytes.extend_from_slice(part));
-        assert_eq!(bytes.len(), side.bytes(matrix));
+        assert_eq!(bytes.len(), side.bytes(matrix.shape()));
         bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]])).collect()
     }
 

@@ -15,13 +15,13 @@ use std::collections::BTreeMap;
 
 const EXPERTS: usize = 5;
 
-fn model() -> ModelShape {
+pub(super) fn model() -> ModelShape {
     let layer = LayerShape::new(EXPERTS, 2, 64, 40).unwrap();
     ModelShape { layer, moe_layers: vec![1, 3, 4], dtype: DType::Bf16, storage: Default::default() }
 }
 
 /// Random, of some layers, with absent experts, shared matrices and ranks up to `max_rank`.
-fn adapter(seed: u64, max_rank: usize) -> AdapterWeights {
+pub(super) fn adapter(seed: u64, max_rank: usize) -> AdapterWeights {
     let mut rng = fastrand::Rng::with_seed(seed);
     let mut layers = BTreeMap::new();
     for layer in [1, 3, 4] {
@@ -45,7 +45,7 @@ fn store(pool: &AdapterPool) -> &Arc<CudaStore> {
     }
 }
 
-fn lease(pool: &AdapterPool, ids: &[AdapterId]) -> Lease {
+pub(super) fn lease(pool: &AdapterPool, ids: &[AdapterId]) -> Lease {
     pool.lease(&TokenAdapters::from_ids(&ids.iter().copied().map(Some).collect::<Vec<_>>())).unwrap()
 }
 
@@ -59,7 +59,7 @@ fn read(store: &CudaStore, stream: &Stream, address: u64, bytes: usize) -> Vec<u
 }
 
 /// Asserts that a slot of the device tables and what it points to are exactly `want`, once the stream has waited.
-fn assert_holds(pool: &AdapterPool, lease: &Lease, slot: i32, want: &AdapterWeights) {
+pub(super) fn assert_holds(pool: &AdapterPool, lease: &Lease, slot: i32, want: &AdapterWeights) {
     let (store, stream) = (store(pool), store(pool).gpu.stream().unwrap());
     lease.wait_on(&stream).unwrap();
     for (at, &layer) in model().moe_layers.iter().enumerate() {
@@ -93,7 +93,7 @@ fn assert_holds(pool: &AdapterPool, lease: &Lease, slot: i32, want: &AdapterWeig
     }
 }
 
-fn pool(gpu: &Gpu, config: PoolConfig) -> AdapterPool {
+pub(super) fn pool(gpu: &Gpu, config: PoolConfig) -> AdapterPool {
     AdapterPool::new(CudaMemory::new(gpu.clone()), &model(), config).unwrap()
 }
 
@@ -152,7 +152,7 @@ fn a_version_in_use_stays_as_it_is_and_the_next_one_lies_elsewhere() {
 }
 
 /// Work that keeps a stream busy for tens of milliseconds.
-fn occupy(gpu: &Gpu, stream: &Stream) -> DeviceBuffer {
+pub(super) fn occupy(gpu: &Gpu, stream: &Stream) -> DeviceBuffer {
     let buffer = gpu.alloc(512 << 20).unwrap();
     (0..100).for_each(|n| stream.fill(&buffer, 0, buffer.bytes(), n).unwrap());
     buffer

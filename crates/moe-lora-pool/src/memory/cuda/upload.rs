@@ -1,4 +1,4 @@
-//! The copies to the GPU: the only unsafe code of this crate.
+//! The copies to the GPU and in it.
 //!
 //! All run on the pool's own stream, in order. Callers keep what is read alive and unchanged until an event recorded behind
 //! the copy is done, and let nobody read what is written before that event; the stream has waited for its last readers.
@@ -6,6 +6,7 @@
 
 use super::arena::Arena;
 use super::image::Image;
+use super::views::Views;
 use crate::memory::extents::runs;
 use moe_lora_cuda::{DeviceBuffer, Event, GpuError, PinnedBuffer, Stream};
 use std::ops::Range;
@@ -37,6 +38,38 @@ pub(super) fn layers(
             source.copy(copy, arena, run)?;
         }
         events.push(Arc::new(copy.record(false)?));
+    }
+    Ok(events)
+}
+
+/// Copies matrices in GPU memory to the places of their pieces, padded with zeros, behind the earlier work of their stream
+/// and before its later work. Returns an event for every layer of the plan.
+pub(super) fn views(
+    copy: &Stream,
+    arena: &Arena,
+    places: &[usize],
+    views: &Views,
+) -> Result<Vec<Arc<Event>>, GpuError> {
+    copy.wait(&views.stream.record(false)?)?;
+    let mut events = Vec::new();
+    for layer in &views.plan.layers {
+        for piece in layer.pieces.clone() {
+            let (side, matrix) = views.matrices[piece];
+            let (bytes, to) = (views.plan.pieces[piece], arena.address(places[piece]));
+            let (width, stride) = (2 * matrix.cols, side.stride(matrix.cols));
+            // SAFETY: the piece is the arena's and free for this; `DeviceWeights::new` promises the other side, which the
+            // matrix's stream leaves alone until the copies are done, or the caller waits after an error.
+            unsafe {
+                if bytes > width * matrix.rows {
+                    copy.fill_address(to, bytes, 0)?;
+                }
+                copy.copy_rows_async((to, 2 * stride), (matrix.address, 2 * matrix.stride), width, matrix.rows)?;
+            }
+        }
+        events.push(Arc::new(copy.record(false)?));
+    }
+    if let Some(last) = events.last() {
+        views.stream.wait(last)?;
     }
     Ok(events)
 }
