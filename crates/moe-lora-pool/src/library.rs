@@ -10,6 +10,8 @@ mod admission;
 mod config;
 mod loader;
 mod snapshot;
+#[cfg(test)]
+mod soak;
 mod source;
 mod state;
 #[cfg(test)]

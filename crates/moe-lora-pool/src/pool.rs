@@ -93,7 +93,7 @@ impl AdapterPool {
     /// [`PoolError::Input`] as [`load`](Self::load); [`OutOfMemory`](PoolError::OutOfMemory). `name` is for errors.
     pub fn pack(&self, name: &str, weights: &AdapterWeights) -> Result<PackedAdapter, PoolError> {
         let bytes = self.check(name, weights)?;
-        let packed = self.shared.store.pack(weights, &self.shared.shape)?;
+        let packed = self.shared.pack(weights)?;
         Ok(PackedAdapter { pool: Arc::clone(&self.shared), packed, bytes, max_rank: weights.max_rank() })
     }
 

@@ -16,6 +16,30 @@ pub(crate) struct Shared {
     /// Taken before `state`.
     freeing: Mutex<()>,
     state: Mutex<State>,
+    #[cfg(test)]
+    pub(crate) faults: Faults,
+}
+
+/// Makes memory short, in the host for packing and under the pool for placing.
+#[cfg(test)]
+#[derive(Default)]
+pub(crate) struct Faults {
+    /// One call in so many fails; 0 is none.
+    pub(crate) one_in: std::sync::atomic::AtomicU32,
+    /// Calls to pack, calls to place.
+    pub(crate) calls: [std::sync::atomic::AtomicU32; 2],
+}
+
+#[cfg(test)]
+impl Faults {
+    fn check(&self, kind: usize) -> Result<(), PoolError> {
+        use std::sync::atomic::Ordering::Relaxed;
+        let (one_in, call) = (self.one_in.load(Relaxed), self.calls[kind].fetch_add(1, Relaxed));
+        match one_in > 0 && call % one_in == one_in - 1 {
+            true => Err(PoolError::OutOfMemory { bytes: 1 + kind }),
+            false => Ok(()),
+        }
+    }
 }
 
 pub(crate) struct State {
@@ -48,7 +72,30 @@ impl Shared {
             evictions: 0,
             replaces: 0,
         };
-        Ok(Self { memory, store, shape, config, freeing: Mutex::new(()), state: Mutex::new(state) })
+        Ok(Self {
+            memory,
+            store,
+            shape,
+            config,
+            freeing: Mutex::new(()),
+            state: Mutex::new(state),
+            #[cfg(test)]
+            faults: Faults::default(),
+        })
+    }
+
+    /// Converts a checked adapter for the memory.
+    pub(crate) fn pack(&self, weights: &AdapterWeights) -> Result<Packed, PoolError> {
+        #[cfg(test)]
+        self.faults.check(0)?;
+        self.store.pack(weights, &self.shape)
+    }
+
+    /// Puts a packed adapter into the memory, as [`Store::place`].
+    fn place(&self, packed: &Packed, row: u32, instead_of: Option<&Block>) -> Result<Block, PoolError> {
+        #[cfg(test)]
+        self.faults.check(1)?;
+        self.store.place(packed, row, instead_of)
     }
 
     // No code under a lock panics, and each change is whole before the next call can fail: a poisoned lock is as good.
@@ -99,7 +146,7 @@ impl<'a> Claim<'a> {
 
     /// Packs the weights, which is the slow part, stores them, and makes them the ones that are leased.
     pub(crate) fn fill(self, weights: &AdapterWeights) -> Result<AdapterId, PoolError> {
-        let packed = self.shared.store.pack(weights, &self.shared.shape)?;
+        let packed = self.shared.pack(weights)?;
         self.store(&packed, weights.max_rank())
     }
 
@@ -138,7 +185,7 @@ impl<'a> Claim<'a> {
     /// Stores a version beside all others; if the free bytes are in too small holes, others make way.
     fn place(&self, packed: &Packed) -> Result<Block, PoolError> {
         loop {
-            let placed = self.shared.store.place(packed, self.ticket.row(), None);
+            let placed = self.shared.place(packed, self.ticket.row(), None);
             let Err(PoolError::Fragmented { .. }) = placed else { return placed };
             let _freeing = self.shared.freeing();
             let mut state = self.shared.state();
@@ -154,7 +201,7 @@ impl<'a> Claim<'a> {
     fn place_instead(&self, packed: &Packed, state: &mut State) -> Result<Block, PoolError> {
         let slot = self.ticket.id().slot;
         let old = state.residents.get(&slot).map(|resident| Arc::clone(&resident.block));
-        self.shared.store.place(packed, self.ticket.row(), old.as_deref()).inspect_err(|_| {
+        self.shared.place(packed, self.ticket.row(), old.as_deref()).inspect_err(|_| {
             if old.is_some_and(|old| old.is_gone()) {
                 let _ = state.policy.unload(self.ticket.id());
                 drop(state.take(&[slot]));

@@ -281,14 +281,3 @@ fn a_snapshot_prints_as_a_table() {
         "{text}"
     );
 }
-
-#[test]
-fn ten_thousand_names_cost_little() {
-    let (library, _) = library(2, 9, 0, 8);
-    for n in 0..10_000 {
-        library.register(&format!("tenant-{n:05}"), Source::folder(format!("/adapters/tenant-{n:05}"))).unwrap();
-    }
-    let names: usize = library.shared.state().entries.capacity() * (size_of::<Entry>() + size_of::<Arc<str>>() + 1);
-    let texts = 10_000 * (2 * 16 + 48);
-    assert!(names + texts < 5 << 20, "{names} and {texts} bytes");
-}
