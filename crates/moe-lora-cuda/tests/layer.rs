@@ -157,20 +157,23 @@ fn check_neighbours<T: Element>(gpu: &Gpu, stream: &Stream) -> Result<(), GpuErr
         let adapters = ranks.into_iter().map(AdapterSpec::rank).collect();
         let spec = CaseSpec { adapters, mix: AdapterMix::Runs, ..CaseSpec::new(shape, tokens).dtype(T::DTYPE) };
         let case = spec.build(21);
-        let layer = Layer::from_case::<T>(gpu, stream, &case)?;
-        let all = forward::<T>(gpu, stream, &layer, &batch_of::<T>(gpu, stream, &layer, &case)?, true, true)?;
-        for piece in [1, 7, 33, 150] {
-            for first in [0, (tokens - piece) / 2, tokens - piece] {
-                let (width, k) = (shape.hidden_size, shape.top_k);
-                let mut part = case.clone();
-                part.hidden = case.hidden[first * width..(first + piece) * width].to_vec();
-                part.topk_ids = case.topk_ids[first * k..(first + piece) * k].to_vec();
-                part.topk_weights = case.topk_weights[first * k..(first + piece) * k].to_vec();
-                part.token_slots = case.token_slots[first..first + piece].to_vec();
-                let batch = batch_of::<T>(gpu, stream, &layer, &part)?;
-                let found = forward::<T>(gpu, stream, &layer, &batch, true, true)?;
-                let want = &all[first * width..(first + piece) * width];
-                assert!(found == want, "{shape:?}: tokens {first} to {} differ in a larger batch", first + piece);
+        let mut layer = Layer::from_case::<T>(gpu, stream, &case)?;
+        for prefill in [false, true] {
+            layer.prefill = prefill && layer.suits_prefill(gpu);
+            let all = forward::<T>(gpu, stream, &layer, &batch_of::<T>(gpu, stream, &layer, &case)?, true, true)?;
+            for piece in [1, 7, 33, 150] {
+                for first in [0, (tokens - piece) / 2, tokens - piece] {
+                    let (width, k) = (shape.hidden_size, shape.top_k);
+                    let mut part = case.clone();
+                    part.hidden = case.hidden[first * width..(first + piece) * width].to_vec();
+                    part.topk_ids = case.topk_ids[first * k..(first + piece) * k].to_vec();
+                    part.topk_weights = case.topk_weights[first * k..(first + piece) * k].to_vec();
+                    part.token_slots = case.token_slots[first..first + piece].to_vec();
+                    let batch = batch_of::<T>(gpu, stream, &layer, &part)?;
+                    let found = forward::<T>(gpu, stream, &layer, &batch, true, true)?;
+                    let want = &all[first * width..(first + piece) * width];
+                    assert!(found == want, "{shape:?}: tokens {first} to {} differ in a larger batch", first + piece);
+                }
             }
         }
     }

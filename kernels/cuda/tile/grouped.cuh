@@ -9,7 +9,8 @@
 // LoRA is more k: the ranks of a tile's segments follow the base product through the same ring, 32 to a stage, B where
 // weights lie and S where tokens lie, zeros in the tokens of other segments. S is a pair of 16-bit numbers (see params.cuh),
 // the first in columns 0 to 31 and the second in 32 to 63, and B is multiplied with both. A stage is multiplied only with
-// those halves of the tile that have tokens in its segments.
+// those halves of the tile that have tokens in its segments. A segment has whole steps of 16 ranks, so that a token's sums do not
+// depend on what is beside it.
 #pragma once
 #include <cstdint>
 
@@ -128,7 +129,7 @@ struct LanePart {
     uint64_t b[2];
     uint32_t octets[2];  // groups of eight ranks
     uint32_t rows;       // first | end << 16, in the tile
-    uint32_t end;        // octets of this and all parts before
+    uint32_t end;        // octets of this and all parts before, an even number each
 };
 
 // Problem: depth, token_row(row), tokens, load_weights(...), features, kProjections, kFirstProjection, and the fields of LoRA.
@@ -203,7 +204,7 @@ struct Producer {
             const uint32_t first = max(segment.first_row, job.first_row) - job.first_row;
             part.rows = first | (min(segment.end_row - job.first_row, job.num_rows) << 16);
         }
-        part.end = part.octets[0] + part.octets[1];
+        part.end = (part.octets[0] + part.octets[1] + 1) / 2 * 2;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
             const uint32_t before = __shfl_up_sync(~0u, part.end, d);
@@ -215,7 +216,7 @@ struct Producer {
     // Ranks [8 i, 8 i + 8) of a stage are octet `octet` of all, i = chunk % 4; chunks 0 to 3 of a token are the first numbers of S.
     __device__ __forceinline__ void lora_stage(const LanePart& mine, const TileJob& job, uint32_t octet, uint32_t total,
                                                uint32_t& index, bool last) {
-        const bool exists = octet < total;
+        bool exists = octet < total;
         const uint32_t wanted = exists ? octet : total - 1;
         while (true) {
             const bool behind = total != 0 && wanted >= __shfl_sync(~0u, mine.end, index);
@@ -224,8 +225,10 @@ struct Producer {
         }
         const uint32_t octets = __shfl_sync(~0u, mine.octets[0], index), octets_of_up = __shfl_sync(~0u, mine.octets[1], index);
         const uint32_t rows = __shfl_sync(~0u, mine.rows, index);
-        uint32_t local = wanted - (__shfl_sync(~0u, mine.end, index) - octets - octets_of_up);
+        const uint32_t end_of_part = __shfl_sync(~0u, mine.end, index);
+        uint32_t local = wanted - (end_of_part - (octets + octets_of_up + 1) / 2 * 2);
         uint64_t b = __shfl_sync(~0u, mine.b[0], index);
+        exists = exists && local < octets + octets_of_up;
         const uint32_t projection = Problem::kProjections == 2 && local >= octets;
         if (Problem::kProjections == 2) {
             const uint64_t other = __shfl_sync(~0u, mine.b[1], index);

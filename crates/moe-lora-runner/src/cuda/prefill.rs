@@ -6,11 +6,14 @@ use moe_lora_kernels::{Format, Kernel};
 
 /// Rows of an expert, on average, from which these products are faster: see docs/kernels.md.
 const LEAST_ROWS: u64 = 24;
+/// Rows times numbers of an expert matrix: the smallest batch measured has twice this. Less is done in microseconds either way.
+const LEAST_WORK: u64 = 1 << 30;
 
 /// Whether the batch takes this path: a function of sizes, activation, layout and GPU, never of routing or adapters.
 pub(super) fn suits(gpu: &Gpu, format: Format, args: &ForwardArgs) -> bool {
     let loaded = gpu.kernels().function(Kernel::PrefillGateUp(format)).is_some();
-    loaded && fits(args) && many_rows(args.num_tokens, args.top_k, args.num_experts)
+    let matrix = u64::from(args.hidden_size) * u64::from(args.intermediate_size);
+    loaded && fits(args) && many_rows(args.num_tokens, args.top_k, args.num_experts, matrix)
 }
 
 /// What the kernels can compute: the activations they know, and up behind gate, as one tensor map reaches both.
@@ -18,8 +21,9 @@ const fn fits(args: &ForwardArgs) -> bool {
     matches!(args.activation, ACTIVATION_SILU | ACTIVATION_CLAMPED_SWIGLU) && args.up > args.gate
 }
 
-fn many_rows(num_tokens: u32, top_k: u32, num_experts: u32) -> bool {
-    u64::from(num_tokens) * u64::from(top_k) >= LEAST_ROWS * u64::from(num_experts)
+fn many_rows(num_tokens: u32, top_k: u32, num_experts: u32, matrix: u64) -> bool {
+    let rows = u64::from(num_tokens) * u64::from(top_k);
+    rows >= LEAST_ROWS * u64::from(num_experts) && rows.saturating_mul(matrix) >= LEAST_WORK
 }
 
 #[cfg(test)]
@@ -28,11 +32,15 @@ mod tests {
 
     #[test]
     fn experts_with_many_rows_take_this_path() {
-        // Qwen3-30B, DeepSeek-V3, Mixtral.
-        for (top_k, experts, least) in [(8, 128, 384), (8, 256, 768), (2, 8, 96)] {
-            assert!(!many_rows(least - 1, top_k, experts) && many_rows(least, top_k, experts));
+        // Qwen3-30B, DeepSeek-V3 TP8, Mixtral.
+        for (top_k, experts, matrix, least) in
+            [(8, 128, 2048 * 768, 384), (8, 256, 7168 * 256, 768), (2, 8, 4096 * 14336, 96)]
+        {
+            assert!(!many_rows(least - 1, top_k, experts, matrix) && many_rows(least, top_k, experts, matrix));
         }
-        assert!(many_rows(u32::MAX, 8, 1024) && !many_rows(0, 8, 1));
+        assert!(many_rows(u32::MAX, 8, 1024, u64::MAX) && !many_rows(0, 8, 1, u64::MAX));
+        // Small layers stay where they are.
+        assert!(!many_rows(1024, 2, 8, 512 * 512) && many_rows(4096, 1, 2, 512 * 512));
     }
 
     #[test]
