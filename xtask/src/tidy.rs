@@ -23,6 +23,7 @@ const ORDER: [&str; 17] = [
     "moe-lora-model",
     "moe-lora",
     "moe-lora-generate",
+    "moe-lora-candle",
     "moe-lora-c",
     "moe-lora-cli",
 ];
