@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ptx/tma.cuh"
+
 // Where one projection of one (slot, expert) finds its adapter. `a` is [rank8, in], `b` is [out, rank8], row-major,
 // 16-byte aligned, with rank8 = rank rounded up to a multiple of 8 and the padding zero. rank 0 is no adapter.
 struct AdapterEntry {
@@ -42,7 +44,7 @@ struct RouteCounts {
     uint32_t num_chunks;
     uint32_t bad_experts;  // ids outside [-1, E), skipped
     uint32_t bad_slots;    // slots outside [-1, L), taken as -1
-    uint32_t reserved[2];
+    uint32_t claimed[2];   // zero: what kernels that share out a list as they go count with (gate_up, down); they leave zero
 };
 static_assert(sizeof(RouteCounts) == 32, "RouteCounts");
 
@@ -87,8 +89,10 @@ struct AlignParams {
     uint32_t top_k;
     uint32_t num_experts;
     uint32_t num_slots;
+    uint32_t tile_rows;  // 0: tiles of kTileRows rows; else an expert's rows in equal tiles of at most this many, a multiple of 16
+    uint32_t reserved;
 };
-static_assert(sizeof(AlignParams) == 128, "AlignParams");
+static_assert(sizeof(AlignParams) == 136, "AlignParams");
 
 // Pairs of every slot by expert, padded to whole blocks. Slots that are disabled or not listed: nothing is written.
 struct AlignBlockParams {
@@ -121,7 +125,7 @@ struct AlignBlockParams {
 static_assert(sizeof(AlignBlockParams) == 168, "AlignBlockParams");
 
 // s = scale * A x for every row of every LoRA chunk. A value of `shrunk` is two numbers of the activation's format whose sum
-// it is; of four neighbouring ranks the four first numbers come first, then the four second ones.
+// it is; of four (or eight) neighbouring ranks the first numbers come first, then the second ones.
 struct ShrinkParams {
     uint64_t input;     // [*, K]
     uint64_t row_pair;  // u32 [rows]: input row = row_pair / top_k; 0: input row = row
@@ -136,7 +140,7 @@ struct ShrinkParams {
     uint32_t num_projections;   // 2 or 1
     uint32_t max_rank;          // multiple of 8; projection p starts at column p * max_rank
     uint32_t shrunk_stride;
-    uint32_t reserved;
+    uint32_t octets;            // 1: of eight neighbouring ranks the eight first numbers come first, as the prefill kernels read them
 };
 static_assert(sizeof(ShrinkParams) == 80, "ShrinkParams");
 
@@ -191,6 +195,20 @@ struct DownParams {
     uint32_t rows_f32;  // rows_out is f32 and not the activation's format
 };
 static_assert(sizeof(DownParams) == 104, "DownParams");
+
+// The same for experts with many rows (sm_90a). `weights`: boxes {64 k, 8 rows, gate and up, 8 groups of 8 rows, expert}.
+struct PrefillGateUpParams {
+    TensorMap weights;
+    GateUpParams gate_up;
+};
+static_assert(sizeof(PrefillGateUpParams) == 320, "PrefillGateUpParams");
+
+// `weights`: boxes {64 k, 128 rows, expert}.
+struct PrefillDownParams {
+    TensorMap weights;
+    DownParams down;
+};
+static_assert(sizeof(PrefillDownParams) == 256, "PrefillDownParams");
 
 // out = scaling * sum_j w_j y_j.
 struct CombineParams {

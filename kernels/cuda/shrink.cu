@@ -193,7 +193,13 @@ __device__ __forceinline__ void shrink(const ShrinkParams& p, const RankGroups& 
             numbers[4 + j] = narrow<T>(value - widen(numbers[j]));
         }
         const size_t to = static_cast<size_t>(row) * p.shrunk_stride + (second ? p.max_rank : 0) + rank;
-        reinterpret_cast<uint4*>(p.shrunk)[to / 4] = *reinterpret_cast<const uint4*>(numbers);
+        if (p.octets) {
+            uint2* octet = reinterpret_cast<uint2*>(p.shrunk) + to / 8 * 4;
+            octet[rank / 4 % 2] = *reinterpret_cast<const uint2*>(numbers);
+            octet[2 + rank / 4 % 2] = *reinterpret_cast<const uint2*>(numbers + 4);
+        } else {
+            reinterpret_cast<uint4*>(p.shrunk)[to / 4] = *reinterpret_cast<const uint4*>(numbers);
+        }
     }
     __syncthreads();  // the sums are read
 }

@@ -26,7 +26,7 @@ mod records;
 pub use launch::{Launch, RouteBounds};
 pub use params::{
     AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams,
-    ReadParams, ShrinkParams, TopkParams,
+    PrefillDownParams, PrefillGateUpParams, ReadParams, ShrinkParams, TensorMap, TopkParams,
 };
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
@@ -56,12 +56,31 @@ pub enum Family {
     Measure,
     /// How fast the tensor cores multiply.
     Peak,
+    /// Gate and up where experts have many rows, on Hopper.
+    PrefillGateUp,
+    /// Down likewise.
+    PrefillDown,
 }
 
 impl Family {
-    /// All families, in the order of use.
-    pub const ALL: [Self; 7] =
-        [Self::Route, Self::Shrink, Self::GateUp, Self::Down, Self::Combine, Self::Measure, Self::Peak];
+    /// All families, in the order of use; those for Hopper alone come last.
+    pub const ALL: [Self; 9] = [
+        Self::Route,
+        Self::Shrink,
+        Self::GateUp,
+        Self::Down,
+        Self::Combine,
+        Self::Measure,
+        Self::Peak,
+        Self::PrefillGateUp,
+        Self::PrefillDown,
+    ];
+
+    /// Whether its image is for compute capability 9.0 alone.
+    #[must_use]
+    pub const fn hopper(self) -> bool {
+        matches!(self, Self::PrefillGateUp | Self::PrefillDown)
+    }
 
     /// The source file's stem.
     #[must_use]
@@ -74,6 +93,8 @@ impl Family {
             Self::Combine => "combine",
             Self::Measure => "measure",
             Self::Peak => "peak",
+            Self::PrefillGateUp => "prefill_gate_up",
+            Self::PrefillDown => "prefill_down",
         }
     }
 
@@ -88,14 +109,16 @@ impl Family {
             Self::Combine => include_bytes!(concat!(env!("OUT_DIR"), "/combine.fatbin")),
             Self::Measure => include_bytes!(concat!(env!("OUT_DIR"), "/measure.fatbin")),
             Self::Peak => include_bytes!(concat!(env!("OUT_DIR"), "/peak.fatbin")),
+            Self::PrefillGateUp => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_gate_up.fatbin")),
+            Self::PrefillDown => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_down.fatbin")),
         }
     }
 }
 
-/// Whether this build has images.
+/// Whether this build has images; those for Hopper may be missing where its architecture was left out.
 #[must_use]
 pub fn built() -> bool {
-    Family::ALL.iter().all(|family| !family.image().is_empty())
+    Family::ALL.iter().all(|family| family.hopper() || !family.image().is_empty())
 }
 
 /// How the images were made, one fact a line: hash of the sources, nvcc, architectures, and of every kernel its
@@ -128,11 +151,15 @@ pub enum Kernel {
     Peak,
     /// `moe_lora_align_block`.
     AlignBlock,
+    /// `moe_lora_prefill_gate_up_*`.
+    PrefillGateUp(Format),
+    /// `moe_lora_prefill_down_*`.
+    PrefillDown(Format),
 }
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 19] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -148,6 +175,10 @@ impl Kernel {
         Self::Read,
         Self::Peak,
         Self::AlignBlock,
+        Self::PrefillGateUp(Format::Bf16),
+        Self::PrefillGateUp(Format::F16),
+        Self::PrefillDown(Format::Bf16),
+        Self::PrefillDown(Format::F16),
     ];
 
     /// Its place in [`ALL`](Self::ALL).
@@ -167,6 +198,8 @@ impl Kernel {
             Self::Read => 12,
             Self::Peak => 13,
             Self::AlignBlock => 14,
+            Self::PrefillGateUp(format) => 15 + second(format),
+            Self::PrefillDown(format) => 17 + second(format),
         }
     }
 
@@ -181,6 +214,8 @@ impl Kernel {
             Self::Combine(_) => Family::Combine,
             Self::Noise(_) | Self::Read => Family::Measure,
             Self::Peak => Family::Peak,
+            Self::PrefillGateUp(_) => Family::PrefillGateUp,
+            Self::PrefillDown(_) => Family::PrefillDown,
         }
     }
 
@@ -203,6 +238,10 @@ impl Kernel {
             Self::Noise(Format::F16) => "moe_lora_noise_f16",
             Self::Read => "moe_lora_read",
             Self::Peak => "moe_lora_peak",
+            Self::PrefillGateUp(Format::Bf16) => "moe_lora_prefill_gate_up_bf16",
+            Self::PrefillGateUp(Format::F16) => "moe_lora_prefill_gate_up_f16",
+            Self::PrefillDown(Format::Bf16) => "moe_lora_prefill_down_bf16",
+            Self::PrefillDown(Format::F16) => "moe_lora_prefill_down_f16",
         }
     }
 
@@ -216,6 +255,7 @@ impl Kernel {
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
             Self::Combine(_) | Self::Noise(_) | Self::Read => 0,
             Self::Peak => launch::PEAK_SHARED,
+            Self::PrefillGateUp(_) | Self::PrefillDown(_) => launch::GROUPED_SHARED,
         }
     }
 }
@@ -237,7 +277,7 @@ mod tests {
             assert!(manifest().is_empty());
             return;
         }
-        for kernel in Kernel::ALL {
+        for kernel in Kernel::ALL.into_iter().filter(|k| !k.family().image().is_empty()) {
             let entry = format!("kernel {} {} ", kernel.family().name(), kernel.symbol());
             assert!(manifest().contains(&entry), "{entry}");
         }

@@ -82,7 +82,7 @@ params!(
 
 params!(
     /// Pairs to rows sorted by (expert, slot), and the lists of work. Needs T > 0.
-    AlignParams, 128, |_| Kernel::Align, {
+    AlignParams, 136, |_| Kernel::Align, {
         /// i32 `[T, k]`.
         topk_ids: u64,
         /// f32 `[T, k]`.
@@ -119,6 +119,10 @@ params!(
         num_experts: u32,
         /// Adapter slots, L.
         num_slots: u32,
+        /// 0: row tiles of 128 rows; else an expert's rows in equal tiles of at most this many, a multiple of 16.
+        tile_rows: u32,
+        /// Zero.
+        reserved: u32,
     }
 );
 
@@ -207,8 +211,8 @@ params!(
         max_rank: u32,
         /// Numbers from row to row of `shrunk`, a multiple of 8.
         shrunk_stride: u32,
-        /// Zero.
-        reserved: u32,
+        /// 1: of eight neighbouring ranks the eight first numbers come first, as the prefill kernels read them; 0: of four.
+        octets: u32,
     }
 );
 
@@ -383,3 +387,53 @@ params!(
         reserved: u32,
     }
 );
+
+/// A tensor map as the driver encodes it: the place, strides and box of a tensor that a kernel copies from.
+#[repr(C, align(64))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TensorMap {
+    /// Opaque.
+    pub words: [u64; 16],
+}
+
+/// [`GateUpParams`] for experts with many rows, on Hopper: SiLU and clamped SwiGLU, tiles of up to 256 rows.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct PrefillGateUpParams {
+    /// Gate and up: boxes of 64 numbers, 8 rows, gate and up, 8 groups of 8 rows, an expert.
+    pub weights: TensorMap,
+    /// All else.
+    pub gate_up: GateUpParams,
+}
+
+/// [`DownParams`] likewise.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct PrefillDownParams {
+    /// Down: boxes of 64 numbers, 128 rows, an expert.
+    pub weights: TensorMap,
+    /// All else.
+    pub down: DownParams,
+}
+
+impl sealed::Sealed for PrefillGateUpParams {}
+
+impl KernelParams for PrefillGateUpParams {
+    fn kernel(format: Format) -> Kernel {
+        Kernel::PrefillGateUp(format)
+    }
+}
+
+impl sealed::Sealed for PrefillDownParams {}
+
+impl KernelParams for PrefillDownParams {
+    fn kernel(format: Format) -> Kernel {
+        Kernel::PrefillDown(format)
+    }
+}
+
+const _: () = {
+    assert!(size_of::<TensorMap>() == 128);
+    assert!(size_of::<PrefillGateUpParams>() == 320 && core::mem::offset_of!(PrefillGateUpParams, gate_up) == 128);
+    assert!(size_of::<PrefillDownParams>() == 256 && core::mem::offset_of!(PrefillDownParams, down) == 128);
+};

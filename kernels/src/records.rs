@@ -64,7 +64,7 @@ pub struct RouteCounts {
     pub bad_experts: u32,
     /// Slots outside `[-1, L)`; their tokens use the base model.
     pub bad_slots: u32,
-    /// Zero.
+    /// Zero; while a layer runs, kernels that share out a list as they go count here.
     pub reserved: [u32; 2],
 }
 

@@ -36,6 +36,7 @@ mod nccl;
 mod nodes;
 mod probe;
 mod stream;
+mod tensor_map;
 pub mod testing;
 
 pub use error::GpuError;
@@ -46,6 +47,7 @@ pub use nccl::{NcclComm, NcclError, NcclId, nccl_version};
 pub use nodes::GraphKernel;
 pub use probe::DeviceInfo;
 pub use stream::{Event, Graph, Stream};
+pub use tensor_map::{Dimension, prefill_down, prefill_gate_up, tensor_map};
 
 pub use cudarc;
 

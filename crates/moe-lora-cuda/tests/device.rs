@@ -40,7 +40,10 @@ fn what_does_not_fit_is_an_error() -> Result<(), GpuError> {
 fn every_kernel_is_loaded_without_local_memory() {
     let Some(gpu) = testing::gpu("kernels") else { return };
     for kernel in moe_lora_kernels::Kernel::ALL {
-        let function = gpu.kernels().function(kernel);
+        let Some(function) = gpu.kernels().function(kernel) else {
+            assert!(kernel.family().hopper() && gpu.info().compute_capability != (9, 0), "{kernel:?}");
+            continue;
+        };
         assert_eq!(function.local_size_bytes().unwrap_or(-1), 0, "{kernel:?}");
     }
 }

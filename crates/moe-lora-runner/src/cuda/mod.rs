@@ -2,6 +2,7 @@
 
 mod graph;
 mod launch;
+mod prefill;
 pub mod raw;
 mod runner;
 pub mod slices;
