@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The crates from the ground up: each may use only those before it. The facade and what follows may use all.
-const ORDER: [&str; 17] = [
+const ORDER: [&str; 18] = [
     "moe-lora-core",
     "moe-lora-files",
     "moe-lora-reference",
@@ -23,6 +23,7 @@ const ORDER: [&str; 17] = [
     "moe-lora-model",
     "moe-lora",
     "moe-lora-generate",
+    "moe-lora-candle",
     "moe-lora-c",
     "moe-lora-cli",
 ];
