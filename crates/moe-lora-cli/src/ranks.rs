@@ -112,7 +112,10 @@ impl Job<'_> {
         let (model, n) = (self.model, self.layer);
         let whole = model.shape();
         let all = self.args.adapters.len().max(1);
-        let config = PoolConfig { bytes: usize::MAX, max_adapters: all, device_slots: all, ..Default::default() };
+        let default = PoolConfig::default();
+        // No larger than it must be: GPUs have faster kernels for small ranks.
+        let max_rank = adapters.iter().map(AdapterWeights::max_rank).max().unwrap_or(0).clamp(1, default.max_rank);
+        let config = PoolConfig { bytes: usize::MAX, max_rank, max_adapters: all, device_slots: all, ..default };
         let pool = AdapterPool::new(device, &whole.shard(shard)?, config)?;
         let mut layer = FusedMoEWithLoRA::new(n, model.layer_shard(n, shard)?, device, &pool)?;
         if *shard != Shard::WHOLE {

@@ -35,10 +35,14 @@ impl FusedMoEWithLoRA {
     /// If the pool serves a model of another shape, has no such layer or is not in the device's memory; on a GPU also if its
     /// kernels cannot run the layer or its memory does not suffice.
     pub fn new(index: usize, weights: LayerWeights, device: &Device, pool: &AdapterPool) -> Result<Self, LayerError> {
-        Self::with_limits(index, weights, device, pool, Limits::default())
+        let default = Limits::default();
+        let limits = Limits { max_rank: pool.config().max_rank.min(default.max_rank), ..default };
+        Self::with_limits(index, weights, device, pool, limits)
     }
 
-    /// [`new`](Self::new) with a workspace for batches and ranks other than the [default](Limits::default).
+    /// [`new`](Self::new) with a workspace for batches and ranks other than the [default](Limits::default) or, if that is
+    /// less, the rank that the pool allows. On a GPU the limits choose the kernels: those for few tokens on Hopper take ranks
+    /// up to 64.
     ///
     /// # Errors
     /// As [`new`](Self::new), and if a limit is zero.

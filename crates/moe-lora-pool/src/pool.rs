@@ -71,6 +71,12 @@ impl AdapterPool {
         Ok(Self { shared: Arc::new(Shared::new(memory.into(), shape.clone(), config)?) })
     }
 
+    /// Its limits.
+    #[must_use]
+    pub fn config(&self) -> &PoolConfig {
+        &self.shared.config
+    }
+
     /// Adds an adapter: converts it to the model's format and packs it, evicting the least recently used adapters that are
     /// neither pinned nor leased if bytes or slots are short.
     ///
