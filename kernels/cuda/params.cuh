@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ptx/tma.cuh"
+
 // Where one projection of one (slot, expert) finds its adapter. `a` is [rank8, in], `b` is [out, rank8], row-major,
 // 16-byte aligned, with rank8 = rank rounded up to a multiple of 8 and the padding zero. rank 0 is no adapter.
 struct AdapterEntry {
@@ -87,8 +89,10 @@ struct AlignParams {
     uint32_t top_k;
     uint32_t num_experts;
     uint32_t num_slots;
+    uint32_t tile_rows;  // 0: row tiles of 128 rows; else an expert's rows in equal tiles of at most this many, a multiple of 16
+    uint32_t reserved;
 };
-static_assert(sizeof(AlignParams) == 128, "AlignParams");
+static_assert(sizeof(AlignParams) == 136, "AlignParams");
 
 // s = scale * A x for every row of every LoRA chunk. A value of `shrunk` is two numbers of the activation's format whose sum
 // it is; of four neighbouring ranks the four first numbers come first, then the four second ones.
@@ -176,3 +180,47 @@ struct CombineParams {
     float scaling;
 };
 static_assert(sizeof(CombineParams) == 56, "CombineParams");
+
+// GateUpParams and its shrink in one launch, for few rows an expert, on Hopper. The launch before must be align, with tile_rows.
+struct DecodeGateUpParams {
+    TensorMap weights;     // gate and up: boxes of 64 numbers, 8 rows, gate and up, 4 groups of 8 rows, an expert
+    GateUpParams gate_up;  // shrunk is out too; counts->reserved[0] must be 0 and counts what was shrunk
+    uint64_t chunks;       // Segment
+    uint32_t tile_rows;    // most rows of a tile, 16, 32, 64 or 128
+    uint32_t stages;       // of the ring
+    uint32_t stage_tiles;  // 64s of k in a stage
+    uint32_t reserved[3];
+};
+static_assert(sizeof(DecodeGateUpParams) == 320, "DecodeGateUpParams");
+
+// Shrink, product and weighted sum over experts in one launch, for few tokens, on Hopper: out = scaling * sum_j w_j (W_down h_j +
+// B S_j + bias). The launch before must be gate_up for the same lists, and align before that.
+struct DecodeDownParams {
+    TensorMap weights;      // down: boxes of 64 numbers, 64 rows, an expert
+    uint64_t intermediate;  // [rows, I]
+    uint64_t bias;          // f32 [E, H] or 0
+    uint64_t row_pair;      // u32 [rows]
+    uint64_t row_weight;    // f32 [rows], or 0: all 1
+    uint64_t tiles;         // RowTile
+    uint64_t chunks;        // Segment
+    uint64_t counts;        // RouteCounts; reserved[1] must be 0 and counts the blocks that have shrunk
+    uint64_t adapters;      // AdapterEntry [L, E, 3] or 0: no LoRA
+    uint64_t shrunk;        // f32 [planes, T * k, max_rank], out
+    uint64_t out;           // [T, H]
+    uint32_t num_tokens;
+    uint32_t top_k;
+    uint32_t num_experts;
+    uint32_t hidden_size;
+    uint32_t intermediate_size;
+    uint32_t max_rank;
+    uint32_t planes;       // parts of I that are shrunk apart, 1 or 2
+    uint32_t tile_rows;    // most rows of a tile, 16, 32, 64 or 128
+    uint32_t stages;       // of the ring
+    uint32_t stage_tiles;  // 64s of k in a stage
+    uint32_t cluster;      // blocks that share the k of 64 features
+    uint32_t max_tiles;    // places for tiles in shared memory
+    uint32_t out_f32;      // out is f32 and not the activation's format
+    float scaling;
+    uint32_t reserved[2];
+};
+static_assert(sizeof(DecodeDownParams) == 320, "DecodeDownParams");

@@ -73,3 +73,8 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t shared) {
                  : "memory");
     return r;
 }
+
+__device__ __forceinline__ void store_shared16(uint32_t shared, uint4 value) {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+}
