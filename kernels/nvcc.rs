@@ -7,7 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs, io};
 
 /// The kernel families: one source file and one image each.
-pub(crate) const FAMILIES: [&str; 5] = ["route", "shrink", "gate_up", "down", "combine"];
+pub(crate) const FAMILIES: [&str; 9] =
+    ["route", "shrink", "gate_up", "down", "combine", "measure", "peak", "prefill_gate_up", "prefill_down"];
+
+/// Families for Hopper alone: machine code for `sm_90a` and no PTX; empty images if that is not among the architectures.
+pub(crate) const HOPPER: [&str; 2] = ["prefill_gate_up", "prefill_down"];
 
 /// Variables that decide what is built.
 pub(crate) const VARIABLES: [&str; 4] = ["NVCC", "CUDA_HOME", "MOE_LORA_CUDA_ARCHS", "MOE_LORA_FATBIN_DIR"];
@@ -93,7 +97,7 @@ pub(crate) fn source_hash(cuda: &Path) -> io::Result<String> {
         add(file.strip_prefix(cuda).unwrap_or(&file).to_string_lossy().replace('\\', "/").as_bytes());
         add(&fs::read(&file)?);
     }
-    add(options(&archs()).join(" ").as_bytes());
+    add(options(&archs(), true).join(" ").as_bytes());
     Ok(format!("{hash:016x}"))
 }
 
@@ -109,11 +113,13 @@ fn list(dir: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     Ok(())
 }
 
-fn options(archs: &[String]) -> Vec<String> {
+fn options(archs: &[String], ptx: bool) -> Vec<String> {
     let fixed = "-fatbin -std=c++17 -O3 -DNDEBUG --compress-mode=size --threads 2 -Xptxas -v";
     let mut options: Vec<String> = fixed.split(' ').map(str::to_owned).collect();
     options.extend(archs.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
-    options.push("-gencode=arch=compute_80,code=compute_80".to_owned());
+    if ptx {
+        options.push("-gencode=arch=compute_80,code=compute_80".to_owned());
+    }
     options
 }
 
@@ -148,12 +154,19 @@ pub(crate) fn build(nvcc: &Path, cuda: &Path, out: &Path) -> Result<Build, Strin
 }
 
 fn compile(nvcc: &Path, cuda: &Path, family: &str, out: &Path) -> Result<Vec<KernelReport>, String> {
+    let hopper = HOPPER.contains(&family);
+    let archs: Vec<String> = archs().into_iter().filter(|arch| !hopper || arch == "90a").collect();
+    let image = out.join(format!("{family}.fatbin"));
+    if archs.is_empty() && hopper {
+        fs::write(&image, b"").map_err(|e| format!("{}: {e}", image.display()))?;
+        return Ok(Vec::new());
+    }
     let output = Command::new(nvcc)
-        .args(options(&archs()))
+        .args(options(&archs, !hopper))
         .arg("-I")
         .arg(cuda)
         .arg("-o")
-        .arg(out.join(format!("{family}.fatbin")))
+        .arg(&image)
         .arg(cuda.join(format!("{family}.cu")))
         .output()
         .map_err(|e| format!("{}: {e}", nvcc.display()))?;

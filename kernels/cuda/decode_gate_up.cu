@@ -274,7 +274,7 @@ __device__ __forceinline__ void store_features(const GateUpParams& p, const Item
 __device__ __forceinline__ void wait_for_ranks(const RouteCounts* counts, uint32_t shrinks) {
     if (threadIdx.x % 32 == 0) {
         Watchdog watchdog;
-        while (counter_read(&counts->reserved[0]) < shrinks) watchdog.turn();
+        while (counter_read(&counts->claimed[0]) < shrinks) watchdog.turn();
     }
     __syncwarp();
 }
@@ -320,7 +320,7 @@ __device__ __forceinline__ void consume(const DecodeGateUpParams& p, const Items
         });
         if (item.shrink) {
             named_barrier(kBarrierGroup + group, 128);
-            if (threadIdx.x % 128 == 0) counter_add(&counts->reserved[0], 1);
+            if (threadIdx.x % 128 == 0) counter_add(&counts->claimed[0], 1);
         }
     }
 }

@@ -44,7 +44,7 @@ struct RouteCounts {
     uint32_t num_chunks;
     uint32_t bad_experts;  // ids outside [-1, E), skipped
     uint32_t bad_slots;    // slots outside [-1, L), taken as -1
-    uint32_t reserved[2];
+    uint32_t claimed[2];   // zero: what kernels that share out a list as they go count with (gate_up, down); they leave zero
 };
 static_assert(sizeof(RouteCounts) == 32, "RouteCounts");
 
@@ -89,7 +89,7 @@ struct AlignParams {
     uint32_t top_k;
     uint32_t num_experts;
     uint32_t num_slots;
-    uint32_t tile_rows;  // 0: row tiles of 128 rows; else an expert's rows in equal tiles of at most this many, a multiple of 16
+    uint32_t tile_rows;  // 0: tiles of kTileRows rows; else an expert's rows in equal tiles of at most this many, a multiple of 16
     uint32_t reserved;
 };
 static_assert(sizeof(AlignParams) == 136, "AlignParams");
@@ -166,6 +166,20 @@ struct DownParams {
 };
 static_assert(sizeof(DownParams) == 104, "DownParams");
 
+// The same for experts with many rows (sm_90a). `weights`: boxes {64 k, 8 rows, gate and up, 8 groups of 8 rows, expert}.
+struct PrefillGateUpParams {
+    TensorMap weights;
+    GateUpParams gate_up;
+};
+static_assert(sizeof(PrefillGateUpParams) == 320, "PrefillGateUpParams");
+
+// `weights`: boxes {64 k, 128 rows, expert}.
+struct PrefillDownParams {
+    TensorMap weights;
+    DownParams down;
+};
+static_assert(sizeof(PrefillDownParams) == 256, "PrefillDownParams");
+
 // out = scaling * sum_j w_j y_j.
 struct CombineParams {
     uint64_t rows_in;       // [rows, H]
@@ -181,10 +195,39 @@ struct CombineParams {
 };
 static_assert(sizeof(CombineParams) == 56, "CombineParams");
 
+// T noise: index i is zero where i % width >= filled, else a random number of standard deviation `deviation`.
+struct NoiseParams {
+    uint64_t out;    // [count]
+    uint64_t count;
+    uint64_t width;
+    uint64_t filled;
+    uint32_t seed;
+    float deviation;
+};
+static_assert(sizeof(NoiseParams) == 40, "NoiseParams");
+
+struct ReadParams {
+    uint64_t from;   // 16-byte aligned
+    uint64_t bytes;  // a multiple of 16
+    uint64_t sink;   // u32, hardly ever written
+};
+static_assert(sizeof(ReadParams) == 24, "ReadParams");
+
+struct PeakParams {
+    uint64_t a;     // bf16 [m_tiles, k_steps, 128 * 64]
+    uint64_t b;     // bf16 [n_tiles, k_steps, 256 * 64]
+    uint64_t sink;  // f32, hardly ever written
+    uint32_t m_tiles;  // a multiple of 16
+    uint32_t n_tiles;  // a multiple of 8
+    uint32_t k_steps;
+    uint32_t reserved;
+};
+static_assert(sizeof(PeakParams) == 40, "PeakParams");
+
 // GateUpParams and its shrink in one launch, for few rows an expert, on Hopper. The launch before must be align, with tile_rows.
 struct DecodeGateUpParams {
     TensorMap weights;     // gate and up: boxes of 64 numbers, 8 rows, gate and up, 4 groups of 8 rows, an expert
-    GateUpParams gate_up;  // shrunk is out too; counts->reserved[0] must be 0 and counts what was shrunk
+    GateUpParams gate_up;  // shrunk is out too; counts->claimed[0] must be 0 and counts what was shrunk
     uint64_t chunks;       // Segment
     uint32_t tile_rows;    // most rows of a tile, 16, 32, 64 or 128
     uint32_t stages;       // of the ring
@@ -203,7 +246,7 @@ struct DecodeDownParams {
     uint64_t row_weight;    // f32 [rows], or 0: all 1
     uint64_t tiles;         // RowTile
     uint64_t chunks;        // Segment
-    uint64_t counts;        // RouteCounts; reserved[1] must be 0 and counts the blocks that have shrunk
+    uint64_t counts;        // RouteCounts; claimed[1] must be 0 and counts the blocks that have shrunk
     uint64_t adapters;      // AdapterEntry [L, E, 3] or 0: no LoRA
     uint64_t shrunk;        // f32 [planes, T * k, max_rank], out
     uint64_t out;           // [T, H]

@@ -204,10 +204,10 @@ extern "C" __global__ void __launch_bounds__(kSortThreads) moe_lora_align(const 
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         counts->num_rows = num_rows;
         counts->bad_experts = num_pairs - align_shared[experts + 1];
-        counts->reserved[0] = counts->reserved[1] = 0;
+        counts->claimed[0] = counts->claimed[1] = 0;
     }
     build_lists(
-        num_rows, bad_slots, align_shared,
+        num_rows, experts, p.tile_rows, align_shared + experts + 3, bad_slots, align_shared,
         [&](uint32_t row) {
             const uint32_t pair = __ldcg(row_pair + row);
             return RowKey{static_cast<uint32_t>(ids[pair]), slots == nullptr ? -1 : slot_of(pair / p.top_k)};

@@ -24,7 +24,10 @@ pub mod params;
 mod records;
 
 pub use launch::{Launch, RouteBounds};
-pub use params::{AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, ShrinkParams, TopkParams};
+pub use params::{
+    AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams, PrefillDownParams,
+    PrefillGateUpParams, ReadParams, ShrinkParams, TensorMap, TopkParams,
+};
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
 /// The number format of activations and weights.
@@ -49,11 +52,35 @@ pub enum Family {
     Down,
     /// Weighted sum over experts.
     Combine,
+    /// What benchmarks feed a layer with, and how fast memory is read.
+    Measure,
+    /// How fast the tensor cores multiply.
+    Peak,
+    /// Gate and up where experts have many rows, on Hopper.
+    PrefillGateUp,
+    /// Down likewise.
+    PrefillDown,
 }
 
 impl Family {
-    /// All families, in the order of use.
-    pub const ALL: [Self; 5] = [Self::Route, Self::Shrink, Self::GateUp, Self::Down, Self::Combine];
+    /// All families, in the order of use; those for Hopper alone come last.
+    pub const ALL: [Self; 9] = [
+        Self::Route,
+        Self::Shrink,
+        Self::GateUp,
+        Self::Down,
+        Self::Combine,
+        Self::Measure,
+        Self::Peak,
+        Self::PrefillGateUp,
+        Self::PrefillDown,
+    ];
+
+    /// Whether its image is for compute capability 9.0 alone.
+    #[must_use]
+    pub const fn hopper(self) -> bool {
+        matches!(self, Self::PrefillGateUp | Self::PrefillDown)
+    }
 
     /// The source file's stem.
     #[must_use]
@@ -64,6 +91,10 @@ impl Family {
             Self::GateUp => "gate_up",
             Self::Down => "down",
             Self::Combine => "combine",
+            Self::Measure => "measure",
+            Self::Peak => "peak",
+            Self::PrefillGateUp => "prefill_gate_up",
+            Self::PrefillDown => "prefill_down",
         }
     }
 
@@ -76,14 +107,18 @@ impl Family {
             Self::GateUp => include_bytes!(concat!(env!("OUT_DIR"), "/gate_up.fatbin")),
             Self::Down => include_bytes!(concat!(env!("OUT_DIR"), "/down.fatbin")),
             Self::Combine => include_bytes!(concat!(env!("OUT_DIR"), "/combine.fatbin")),
+            Self::Measure => include_bytes!(concat!(env!("OUT_DIR"), "/measure.fatbin")),
+            Self::Peak => include_bytes!(concat!(env!("OUT_DIR"), "/peak.fatbin")),
+            Self::PrefillGateUp => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_gate_up.fatbin")),
+            Self::PrefillDown => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_down.fatbin")),
         }
     }
 }
 
-/// Whether this build has images.
+/// Whether this build has images; those for Hopper may be missing where its architecture was left out.
 #[must_use]
 pub fn built() -> bool {
-    Family::ALL.iter().all(|family| !family.image().is_empty())
+    Family::ALL.iter().all(|family| family.hopper() || !family.image().is_empty())
 }
 
 /// How the images were made, one fact a line: hash of the sources, nvcc, architectures, and of every kernel its
@@ -108,11 +143,21 @@ pub enum Kernel {
     Down(Format),
     /// `moe_lora_combine_*`.
     Combine(Format),
+    /// `moe_lora_noise_*`.
+    Noise(Format),
+    /// `moe_lora_read`.
+    Read,
+    /// `moe_lora_peak`.
+    Peak,
+    /// `moe_lora_prefill_gate_up_*`.
+    PrefillGateUp(Format),
+    /// `moe_lora_prefill_down_*`.
+    PrefillDown(Format),
 }
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 18] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -123,6 +168,14 @@ impl Kernel {
         Self::Down(Format::F16),
         Self::Combine(Format::Bf16),
         Self::Combine(Format::F16),
+        Self::Noise(Format::Bf16),
+        Self::Noise(Format::F16),
+        Self::Read,
+        Self::Peak,
+        Self::PrefillGateUp(Format::Bf16),
+        Self::PrefillGateUp(Format::F16),
+        Self::PrefillDown(Format::Bf16),
+        Self::PrefillDown(Format::F16),
     ];
 
     /// Its place in [`ALL`](Self::ALL).
@@ -138,6 +191,11 @@ impl Kernel {
             Self::GateUp(format) => 4 + second(format),
             Self::Down(format) => 6 + second(format),
             Self::Combine(format) => 8 + second(format),
+            Self::Noise(format) => 10 + second(format),
+            Self::Read => 12,
+            Self::Peak => 13,
+            Self::PrefillGateUp(format) => 14 + second(format),
+            Self::PrefillDown(format) => 16 + second(format),
         }
     }
 
@@ -150,6 +208,10 @@ impl Kernel {
             Self::GateUp(_) => Family::GateUp,
             Self::Down(_) => Family::Down,
             Self::Combine(_) => Family::Combine,
+            Self::Noise(_) | Self::Read => Family::Measure,
+            Self::Peak => Family::Peak,
+            Self::PrefillGateUp(_) => Family::PrefillGateUp,
+            Self::PrefillDown(_) => Family::PrefillDown,
         }
     }
 
@@ -167,6 +229,14 @@ impl Kernel {
             Self::Down(Format::F16) => "moe_lora_down_f16",
             Self::Combine(Format::Bf16) => "moe_lora_combine_bf16",
             Self::Combine(Format::F16) => "moe_lora_combine_f16",
+            Self::Noise(Format::Bf16) => "moe_lora_noise_bf16",
+            Self::Noise(Format::F16) => "moe_lora_noise_f16",
+            Self::Read => "moe_lora_read",
+            Self::Peak => "moe_lora_peak",
+            Self::PrefillGateUp(Format::Bf16) => "moe_lora_prefill_gate_up_bf16",
+            Self::PrefillGateUp(Format::F16) => "moe_lora_prefill_gate_up_f16",
+            Self::PrefillDown(Format::Bf16) => "moe_lora_prefill_down_bf16",
+            Self::PrefillDown(Format::F16) => "moe_lora_prefill_down_f16",
         }
     }
 
@@ -178,7 +248,9 @@ impl Kernel {
             Self::Align => launch::align_shared(launch::MOST_EXPERTS, u32::MAX),
             Self::Shrink(_) => launch::SHRINK_SHARED,
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
-            Self::Combine(_) => 0,
+            Self::Combine(_) | Self::Noise(_) | Self::Read => 0,
+            Self::Peak => launch::PEAK_SHARED,
+            Self::PrefillGateUp(_) | Self::PrefillDown(_) => launch::GROUPED_SHARED,
         }
     }
 }
@@ -200,7 +272,7 @@ mod tests {
             assert!(manifest().is_empty());
             return;
         }
-        for kernel in Kernel::ALL {
+        for kernel in Kernel::ALL.into_iter().filter(|k| !k.family().image().is_empty()) {
             let entry = format!("kernel {} {} ", kernel.family().name(), kernel.symbol());
             assert!(manifest().contains(&entry), "{entry}");
         }

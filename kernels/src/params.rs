@@ -82,7 +82,7 @@ params!(
 
 params!(
     /// Pairs to rows sorted by (expert, slot), and the lists of work. Needs T > 0.
-    AlignParams, 128, |_| Kernel::Align, {
+    AlignParams, 136, |_| Kernel::Align, {
         /// i32 `[T, k]`.
         topk_ids: u64,
         /// f32 `[T, k]`.
@@ -119,6 +119,10 @@ params!(
         num_experts: u32,
         /// Adapter slots, L.
         num_slots: u32,
+        /// 0: row tiles of 128 rows; else an expert's rows in equal tiles of at most this many, a multiple of 16.
+        tile_rows: u32,
+        /// Zero.
+        reserved: u32,
     }
 );
 
@@ -277,3 +281,103 @@ params!(
         scaling: f32,
     }
 );
+
+params!(
+    /// Signed noise for benchmarks, a function of seed and index alone.
+    NoiseParams, 40, Kernel::Noise, {
+        /// `[count]`, out.
+        out: u64,
+        /// Numbers.
+        count: u64,
+        /// Numbers of a row.
+        width: u64,
+        /// Numbers of a row that are not zero: its first ones.
+        filled: u64,
+        /// Equal seeds give equal noise.
+        seed: u32,
+        /// Standard deviation.
+        deviation: f32,
+    }
+);
+
+params!(
+    /// Reads memory and keeps nothing, to measure how fast that is.
+    ReadParams, 24, |_| Kernel::Read, {
+        /// First address, a multiple of 16.
+        from: u64,
+        /// Bytes, a multiple of 16.
+        bytes: u64,
+        /// u32, hardly ever written.
+        sink: u64,
+    }
+);
+
+params!(
+    /// Multiplies and keeps nothing, to measure how fast that is: `2 * 128 m * 256 n * 64 k` operations.
+    PeakParams, 40, |_| Kernel::Peak, {
+        /// bf16 `[m_tiles, k_steps, 128 * 64]`.
+        a: u64,
+        /// bf16 `[n_tiles, k_steps, 256 * 64]`.
+        b: u64,
+        /// f32, hardly ever written.
+        sink: u64,
+        /// Tiles of 128 rows, a multiple of 16.
+        m_tiles: u32,
+        /// Tiles of 256 columns, a multiple of 8.
+        n_tiles: u32,
+        /// Steps of 64 along k.
+        k_steps: u32,
+        /// Zero.
+        reserved: u32,
+    }
+);
+
+/// A tensor map as the driver encodes it: the place, strides and box of a tensor that a kernel copies from.
+#[repr(C, align(64))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TensorMap {
+    /// Opaque.
+    pub words: [u64; 16],
+}
+
+/// [`GateUpParams`] for experts with many rows, on Hopper: SiLU and clamped SwiGLU, tiles of up to 256 rows.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct PrefillGateUpParams {
+    /// Gate and up: boxes of 64 numbers, 8 rows, gate and up, 8 groups of 8 rows, an expert.
+    pub weights: TensorMap,
+    /// All else.
+    pub gate_up: GateUpParams,
+}
+
+/// [`DownParams`] likewise.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct PrefillDownParams {
+    /// Down: boxes of 64 numbers, 128 rows, an expert.
+    pub weights: TensorMap,
+    /// All else.
+    pub down: DownParams,
+}
+
+impl sealed::Sealed for PrefillGateUpParams {}
+
+impl KernelParams for PrefillGateUpParams {
+    fn kernel(format: Format) -> Kernel {
+        Kernel::PrefillGateUp(format)
+    }
+}
+
+impl sealed::Sealed for PrefillDownParams {}
+
+impl KernelParams for PrefillDownParams {
+    fn kernel(format: Format) -> Kernel {
+        Kernel::PrefillDown(format)
+    }
+}
+
+const _: () = {
+    assert!(size_of::<TensorMap>() == 128);
+    assert!(size_of::<PrefillGateUpParams>() == 320 && core::mem::offset_of!(PrefillGateUpParams, gate_up) == 128);
+    assert!(size_of::<PrefillDownParams>() == 256 && core::mem::offset_of!(PrefillDownParams, down) == 128);
+};

@@ -1,9 +1,10 @@
-//! `cargo xtask bench --cpu`: the layer on this processor, one line a row, Criterion underneath.
+//! `cargo xtask bench --cpu`: the layer on this processor, one line a row, Criterion underneath. `--gpu`, `--plot` and
+//! `--compare` are `moe-lora-bench`'s, which also stands in the bundle.
 
-use crate::shell::{cargo, output, root, run as run_command};
+use crate::shell::{cargo, output, root, run as run_command, target};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 struct Options<'a> {
@@ -12,6 +13,13 @@ struct Options<'a> {
 }
 
 pub(crate) fn run(args: &[&str]) -> Result<()> {
+    if let [command @ ("--gpu" | "--plot" | "--compare"), rest @ ..] = args {
+        let mut program = cargo(&["run", "--quiet", "--release", "-p", "moe-lora-bench", "--"]);
+        return run_command(program.arg(&command[2..]).args(rest));
+    }
+    if let ["--peers", rest @ ..] = args {
+        return peers(rest);
+    }
     let options = parse(args)?;
     run_command(&mut cargo(&["bench", "--quiet", "-p", "moe-lora-bench", "--bench", "cpu"]))?;
     let rows = rows()?;
@@ -45,15 +53,33 @@ fn parse<'a>(args: &[&'a str]) -> Result<Options<'a>> {
         };
     }
     if !cpu {
-        bail!("bench: --cpu is the only device that this version times");
+        bail!("bench: --cpu, --gpu, --peers, --plot or --compare");
     }
     Ok(options)
 }
 
+/// Times us through the C library on PyTorch's tensors (`PYTHON` names the interpreter), and prints how the systems whose rows
+/// lie in `docs/benchmarks/peers` compare. The arguments are those of `bench_peer.py`.
+fn peers(arguments: &[&str]) -> Result<()> {
+    run_command(&mut cargo(&["build", "--release", "-p", "moe-lora-c", "-p", "moe-lora-bench"]))?;
+    let (scripts, rows) = (root().join("crates/moe-lora-bench/peers"), target().join("peers.json"));
+    let mut harness = Command::new(std::env::var_os("PYTHON").unwrap_or_else(|| "python3".into()));
+    harness.arg(scripts.join("bench_peer.py")).arg("moe_lora").arg(&rows).args(arguments);
+    harness.env("MOE_LORA_HEADER", root().join("crates/moe-lora-c/include/moe_lora.h"));
+    run_command(harness.env("MOE_LORA_LIB", target().join("release/libmoe_lora_c.so")))?;
+    for others in std::fs::read_dir(root().join("docs/benchmarks/peers"))? {
+        let others = others?.path();
+        if others.extension().is_some_and(|e| e == "json") {
+            let mut compare = Command::new(target().join("release/moe-lora-bench"));
+            run_command(compare.arg("compare").arg(&rows).arg(others))?;
+        }
+    }
+    Ok(())
+}
+
 /// Joins Criterion's medians with the work that each row counts for.
 fn rows() -> Result<Vec<Value>> {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    let folder = target.join("criterion/olmoe");
+    let folder = target().join("criterion/olmoe");
     let mut rows: Vec<Value> = read(&folder.join("cpu-rows.json"))?;
     for row in &mut rows {
         let id = row["id"].as_str().unwrap_or_default();

@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line speaks")]
 
 mod bench;
+mod bundle;
 mod ci;
 mod golden;
 mod kernels;
@@ -25,7 +26,11 @@ cargo xtask <command>
   kernels           build the CUDA images; registers, shared memory and spills of every kernel [--prebuilt: for packages]
   sass              fail on spills, local memory and stacks in the built images
   golden            rebuild the fixtures from transformers and PEFT (needs Python and 12 GB of disk)
+  bundle            GPU tests, command, benchmark and fixtures in one folder, for a GPU machine without Rust [FOLDER]
   bench --cpu       time the layer on this processor [--torch PYTHON: transformers and PEFT in the same run] [--json FILE]
+  bench --gpu       time layers on a GPU, with their share of what the card can do: `--gpu --help` lists shapes and options
+  bench --peers     the same layers through the C library and PyTorch, beside rows of vLLM and SGLang
+  bench --plot RUN FOLDER, --compare RUN PEERS     draw what `--gpu --json RUN` wrote, or put it beside other systems
 ";
 
 fn main() -> ExitCode {
@@ -48,6 +53,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["kernels", rest @ ..] => kernels::run(rest),
         ["sass", rest @ ..] => sass::run(rest),
         ["golden"] => golden::run(),
+        ["bundle", rest @ ..] => bundle::run(rest),
         ["bench", rest @ ..] => bench::run(rest),
         [] | ["help" | "--help" | "-h"] => {
             print!("{USAGE}");

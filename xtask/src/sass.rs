@@ -14,7 +14,7 @@ use std::{env, fs};
 /// Loads and stores of local memory.
 const LOCAL: [&str; 2] = ["LDL", "STL"];
 /// Families whose work is matrix products.
-const TENSOR_CORES: [&str; 3] = ["shrink", "gate_up", "down"];
+const TENSOR_CORES: [&str; 6] = ["shrink", "gate_up", "down", "peak", "prefill_gate_up", "prefill_down"];
 
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     ensure!(words.is_empty(), "sass takes no arguments");
@@ -28,13 +28,16 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
     }
     let mut checked = 0;
     for family in FAMILIES {
+        if fs::metadata(out.join(format!("{family}.fatbin")))?.len() == 0 {
+            continue;
+        }
         for (kernel, code) in disassemble(&out, family)? {
             checked += 1;
             let has = |what: &str| code.iter().any(|line| line.contains(what));
             if LOCAL.into_iter().any(|what| has(&format!(" {what}"))) {
                 broken.push(format!("{kernel}: uses local memory"));
             }
-            if TENSOR_CORES.contains(&family) && !has("HMMA") {
+            if TENSOR_CORES.contains(&family) && !has("HMMA") && !has("HGMMA") {
                 broken.push(format!("{kernel}: no tensor-core instruction"));
             }
         }

@@ -30,7 +30,9 @@ pub(crate) fn run(args: &Forward) -> Result<()> {
         &OpenOptions { expert_layout: args.expert_layout, ..Default::default() },
     )?;
 
-    let pool = AdapterPool::new(&device, shape, PoolConfig { bytes: usize::MAX, ..Default::default() })?;
+    let all = args.adapters.len().max(1);
+    let config = PoolConfig { bytes: usize::MAX, max_adapters: all, device_slots: all, ..Default::default() };
+    let pool = AdapterPool::new(&device, shape, config)?;
     let layer = FusedMoEWithLoRA::new(n, weights, &device, &pool)?.with_router(router)?;
     if device != Device::cpu() && shape.dtype == DType::F32 {
         eprintln!("note: {device} computes this f32 checkpoint in bf16; the router stays f32");

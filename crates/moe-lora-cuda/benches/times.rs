@@ -119,6 +119,7 @@ fn layer(gpu: &Gpu, stream: &Stream, model: &Model, slots: usize, rank: usize) -
         bias: None,
         table: upload(gpu, stream, &entries)?,
         adapters,
+        prefill: false,
     })
 }
 

@@ -11,7 +11,8 @@ use std::sync::Arc;
 /// Every kernel, loaded, with its shared memory granted: launching asks the driver for nothing else.
 #[derive(Debug)]
 pub struct Kernels {
-    functions: Vec<CudaFunction>,
+    /// By [`Kernel::index`]; none for a kernel that is not for this GPU.
+    functions: Vec<Option<CudaFunction>>,
     /// Whether the GPU knows programmatic launches.
     programmatic: bool,
 }
@@ -20,13 +21,20 @@ impl Kernels {
     pub(crate) fn load(context: &Arc<CudaContext>, info: &DeviceInfo) -> Result<Self, GpuError> {
         let mut modules = Vec::new();
         for family in Family::ALL {
+            if family.hopper() && (info.compute_capability != (9, 0) || family.image().is_empty()) {
+                modules.push(None);
+                continue;
+            }
             let image = Ptx::from_binary(family.image().to_vec());
-            modules.push(context.load_module(image).map_err(|e| GpuError::driver("loading a kernel image", e))?);
+            modules.push(Some(context.load_module(image).map_err(|e| GpuError::driver("loading a kernel image", e))?));
         }
         let mut functions = Vec::new();
         for kernel in Kernel::ALL {
             let place = Family::ALL.iter().position(|&f| f == kernel.family()).unwrap_or_default();
-            let Some(module) = modules.get(place) else { return Err(GpuError::KernelsNotBuilt) };
+            let Some(module) = modules.get(place).and_then(Option::as_ref) else {
+                functions.push(None);
+                continue;
+            };
             let function =
                 module.load_function(kernel.symbol()).map_err(|e| GpuError::driver("finding a kernel", e))?;
             let shared = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -34,15 +42,15 @@ impl Kernels {
             function
                 .set_attribute(shared, bytes.cast_signed())
                 .map_err(|e| GpuError::driver("granting shared memory", e))?;
-            functions.push(function);
+            functions.push(Some(function));
         }
         Ok(Self { functions, programmatic: info.compute_capability >= (9, 0) })
     }
 
-    /// The handle of a kernel, for callers that launch themselves.
+    /// The handle of a kernel, for callers that launch themselves; none if it is not for this GPU.
     #[must_use]
-    pub fn function(&self, kernel: Kernel) -> &CudaFunction {
-        &self.functions[kernel.index()]
+    pub fn function(&self, kernel: Kernel) -> Option<&CudaFunction> {
+        self.functions[kernel.index()].as_ref()
     }
 
     /// Launches the kernel that takes `P`.
@@ -51,7 +59,7 @@ impl Kernels {
     /// reads and writes memory only when all work before it is done.
     ///
     /// # Errors
-    /// If the driver refuses the launch. What goes wrong while the kernel runs appears at a later call.
+    /// If the driver refuses the launch, or the kernel is not for this GPU. What goes wrong while the kernel runs appears at a later call.
     ///
     /// # Safety
     /// Every address in `params` must be what the field's documentation says, valid on this GPU until the kernel has run, and
@@ -64,6 +72,7 @@ impl Kernels {
         params: &P,
         launch: Launch,
     ) -> Result<(), GpuError> {
+        let function = self.function(P::kernel(format)).ok_or(GpuError::KernelsNotBuilt)?;
         let (mut attributes, mut count) = ([empty_attribute(); 2], 0);
         let mut set = |id, value| {
             attributes[count] = sys::CUlaunchAttribute { id, pad: [0; 4], value };
@@ -99,7 +108,7 @@ impl Kernels {
         let result = unsafe {
             sys::cuLaunchKernelEx(
                 &raw const config,
-                self.function(P::kernel(format)).cu_function(),
+                function.cu_function(),
                 arguments.as_mut_ptr(),
                 std::ptr::null_mut(),
             )

@@ -30,16 +30,20 @@ mod error;
 mod gpu;
 mod kernels;
 mod memory;
+mod nodes;
 mod probe;
 mod stream;
+mod tensor_map;
 pub mod testing;
 
 pub use error::GpuError;
 pub use gpu::Gpu;
 pub use kernels::Kernels;
 pub use memory::{ALIGNMENT, DeviceBuffer, Layout, PinnedBuffer};
+pub use nodes::GraphKernel;
 pub use probe::DeviceInfo;
 pub use stream::{Event, Graph, Stream};
+pub use tensor_map::{Dimension, prefill_down, prefill_gate_up, tensor_map};
 
 pub use cudarc;
 

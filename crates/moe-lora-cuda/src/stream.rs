@@ -11,6 +11,15 @@ pub struct Stream {
     inner: Arc<CudaStream>,
 }
 
+impl PartialEq for Stream {
+    /// Whether both give work to the same queue.
+    fn eq(&self, other: &Self) -> bool {
+        self.raw() == other.raw() && self.inner.context() == other.inner.context()
+    }
+}
+
+impl Eq for Stream {}
+
 /// A point in a stream.
 #[derive(Debug)]
 pub struct Event {
@@ -143,6 +152,54 @@ impl Stream {
         GpuError::check("copying to the GPU", result)
     }
 
+    /// Begins a copy of a column of a table from page-locked memory and returns at once: `rows` rows of `width` bytes, `width`
+    /// apart in `from` and `pitch` apart in `to`.
+    ///
+    /// # Errors
+    /// If a range does not fit, or the driver refuses.
+    ///
+    /// # Safety
+    /// As [`upload_async`](Self::upload_async).
+    pub unsafe fn upload_column_async(
+        &self,
+        (to, to_offset, pitch): (&DeviceBuffer, usize, usize),
+        (from, from_offset, width): (&PinnedBuffer, usize, usize),
+        rows: usize,
+    ) -> Result<(), GpuError> {
+        if rows == 0 || width == 0 {
+            return Ok(());
+        }
+        let span = (rows - 1).saturating_mul(pitch).saturating_add(width);
+        let (address, bytes) = (to.range(to_offset, span)?, rows.saturating_mul(width));
+        let size = from.as_slice().len();
+        if from_offset.checked_add(bytes).is_none_or(|end| end > size) {
+            return Err(GpuError::OutOfBounds { offset: from_offset, bytes, size });
+        }
+        self.bind()?;
+        // SAFETY: the offset is inside the buffer.
+        let source = unsafe { from.pointer().add(from_offset) };
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: source.cast(),
+            srcDevice: 0,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: width,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: address,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: pitch.max(width),
+            WidthInBytes: width,
+            Height: rows,
+        };
+        // SAFETY: both ranges are inside their buffers; the caller keeps them alone until the copy is done.
+        GpuError::check("copying to the GPU", unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.raw()) })
+    }
+
     /// A new event, recorded after all work given to this stream so far. `timing` events can be subtracted.
     ///
     /// # Errors
@@ -210,6 +267,10 @@ impl Event {
 }
 
 impl Graph {
+    pub(crate) fn raw(&self) -> sys::CUgraph {
+        self.inner.cu_graph()
+    }
+
     /// Runs the captured work once, on the stream it was captured on.
     ///
     /// # Errors

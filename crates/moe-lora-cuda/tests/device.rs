@@ -1,6 +1,8 @@
 //! Memory, events and errors of the device, on a GPU.
 
+use half::bf16;
 use moe_lora_cuda::{GpuError, testing};
+use moe_lora_kernels::{Format, NoiseParams};
 
 #[test]
 fn copies_are_ordered_by_events() -> Result<(), GpuError> {
@@ -38,7 +40,47 @@ fn what_does_not_fit_is_an_error() -> Result<(), GpuError> {
 fn every_kernel_is_loaded_without_local_memory() {
     let Some(gpu) = testing::gpu("kernels") else { return };
     for kernel in moe_lora_kernels::Kernel::ALL {
-        let function = gpu.kernels().function(kernel);
+        let Some(function) = gpu.kernels().function(kernel) else {
+            assert!(kernel.family().hopper() && gpu.info().compute_capability != (9, 0), "{kernel:?}");
+            continue;
+        };
         assert_eq!(function.local_size_bytes().unwrap_or(-1), 0, "{kernel:?}");
     }
+}
+
+/// A captured fill and a captured kernel; the kernel alone makes the same noise again, which is what its parameters say.
+#[test]
+fn the_kernels_of_a_graph_run_alone() -> Result<(), GpuError> {
+    let Some(gpu) = testing::gpu("kernels of a graph") else { return Ok(()) };
+    let (stream, count) = (gpu.stream()?, 64 << 10);
+    let buffer = gpu.alloc(2 * count)?;
+    let mut both = Vec::new();
+    for seed in [1, 2] {
+        let (out, count) = (buffer.address(), count as u64);
+        let params = NoiseParams { out, count, width: 16, filled: 12, seed, deviation: 0.5 };
+        let graph = stream.capture(|| {
+            stream.fill(&buffer, 0, buffer.bytes(), 0xff)?;
+            // SAFETY: the buffer has `count` numbers of two bytes.
+            unsafe { gpu.kernels().launch(&stream, Format::Bf16, &params, params.launch(gpu.info().sm_count)) }
+        })?;
+        assert_eq!(graph.num_launches()?, 2);
+        let kernels = graph.kernels(&stream)?;
+        assert_eq!(kernels.iter().map(|k| k.name()).collect::<Vec<_>>(), ["moe_lora_noise_bf16"]);
+        graph.launch()?;
+        let mut whole = vec![bf16::ZERO; count as usize];
+        stream.download(&buffer, 0, &mut whole)?;
+        stream.fill(&buffer, 0, buffer.bytes(), 0xff)?;
+        kernels[0].launch()?;
+        let mut alone = vec![bf16::ZERO; count as usize];
+        stream.download(&buffer, 0, &mut alone)?;
+        assert!(whole == alone && alone.chunks(16).all(|row| row[12..] == [bf16::ZERO; 4]));
+        let noise: Vec<f64> = alone.chunks(16).flat_map(|row| &row[..12]).map(|v| f64::from(v.to_f32())).collect();
+        let mean = noise.iter().sum::<f64>() / noise.len() as f64;
+        let deviation = (noise.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / noise.len() as f64).sqrt();
+        assert!(mean.abs() < 0.01 && (deviation - 0.5).abs() < 0.01, "{mean} {deviation}");
+        both.push(alone);
+    }
+    let equal = both[0].iter().zip(&both[1]).filter(|(a, b)| a == b && **a != bf16::ZERO).count();
+    assert!(equal < both[0].len() / 50, "{equal} numbers of two seeds are equal");
+    Ok(())
 }

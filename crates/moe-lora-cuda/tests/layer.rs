@@ -92,10 +92,14 @@ fn check_random<T: Element>(gpu: &Gpu, stream: &Stream, seeds: std::ops::Range<u
     for seed in seeds.take(most) {
         let spec = draw(&mut Rng::with_seed(seed), T::DTYPE);
         let case = spec.clone().build(seed);
-        let layer = Layer::from_case::<T>(gpu, stream, &case)?;
+        let mut layer = Layer::from_case::<T>(gpu, stream, &case)?;
         let batch = batch_of::<T>(gpu, stream, &layer, &case)?;
         let truth = case.truth().unwrap();
-        for rows_f32 in [true, false] {
+        for (prefill, rows_f32) in [(false, true), (false, false), (true, true), (true, false)] {
+            layer.prefill = prefill;
+            if prefill && !layer.suits_prefill(gpu) {
+                continue;
+            }
             let found = forward::<T>(gpu, stream, &layer, &batch, rows_f32, true)?;
             let again = forward::<T>(gpu, stream, &layer, &batch, rows_f32, true)?;
             assert!(found == again, "seed {seed}: not the same bits twice");
@@ -109,7 +113,8 @@ fn check_random<T: Element>(gpu: &Gpu, stream: &Stream, seeds: std::ops::Range<u
             let base_error = relative_error(&wide_base, &case.base_truth().unwrap());
             // Few values average less, so tiny layers get some room; the large ones below get none.
             let most = bound(T::DTYPE, rows_f32) * if truth.len() < 4096 { 2.0 } else { 1.15 };
-            assert!(error <= most && base_error <= most, "seed {seed}: {error:e} {base_error:e}\n{spec:?}");
+            let found = format!("seed {seed}, prefill {prefill}: {error:e} {base_error:e}");
+            assert!(error <= most && base_error <= most, "{found}\n{spec:?}");
         }
     }
     Ok(())
@@ -133,17 +138,22 @@ fn check_large<T: Element>(gpu: &Gpu, stream: &Stream) -> Result<(), GpuError> {
     for (tokens, bias) in [(4, false), (48, true), (300, false)] {
         let spec = CaseSpec { adapters: adapters.clone(), bias, ..CaseSpec::new(shape, tokens).dtype(T::DTYPE) };
         let case = spec.build(77);
-        let layer = Layer::from_case::<T>(gpu, stream, &case)?;
+        let mut layer = Layer::from_case::<T>(gpu, stream, &case)?;
         let batch = batch_of::<T>(gpu, stream, &layer, &case)?;
         let (truth, truth_base) = (case.truth().unwrap(), case.base_truth().unwrap());
         assert!(delta_share(&truth, &truth_base) > 0.25);
-        for rows_f32 in [true, false] {
+        for (prefill, rows_f32) in [(false, true), (false, false), (true, true), (true, false)] {
+            layer.prefill = prefill;
+            if prefill && !layer.suits_prefill(gpu) {
+                continue;
+            }
             let found = wide(&forward::<T>(gpu, stream, &layer, &batch, rows_f32, true)?);
             let base = wide(&forward::<T>(gpu, stream, &layer, &batch, rows_f32, false)?);
             let error = relative_error(&found, &truth);
             let worst = worst_row_error(&found, &truth, shape.hidden_size);
             let delta = delta_error(&found, &base, &truth, &truth_base);
-            eprintln!("{} T {tokens} rows_f32 {rows_f32}: {error:.2e} worst {worst:.2e} delta {delta:.2e}", T::DTYPE);
+            let kind = format!("{} T {tokens} prefill {prefill} rows_f32 {rows_f32}", T::DTYPE);
+            eprintln!("{kind}: {error:.2e} worst {worst:.2e} delta {delta:.2e}");
             assert!(error <= bound(T::DTYPE, rows_f32) && worst <= 1e-2 && delta <= 2e-2);
         }
     }
@@ -165,13 +175,14 @@ fn a_graph_serves_any_batch() -> Result<(), GpuError> {
     let shape = LayerShape::new(16, 4, 256, 192).unwrap();
     let mixes = [AdapterMix::Mixed, AdapterMix::AllBase, AdapterMix::RoundRobin, AdapterMix::Mixed];
     let routings = [RoutingMix::Uniform, RoutingMix::AllOnOne, RoutingMix::ForeignExperts, RoutingMix::Skewed];
-    for tokens in [5, 700] {
+    for (tokens, prefill) in [(5, false), (700, false), (700, true)] {
         let spec = CaseSpec {
             adapters: [16, 8, 64].map(AdapterSpec::rank).to_vec(),
             ..CaseSpec::new(shape, tokens).dtype(DType::Bf16)
         };
         let case = spec.clone().build(3);
-        let layer = Layer::from_case::<bf16>(&gpu, &stream, &case)?;
+        let mut layer = Layer::from_case::<bf16>(&gpu, &stream, &case)?;
+        layer.prefill = prefill && layer.suits_prefill(&gpu);
         let batch = batch_of::<bf16>(&gpu, &stream, &layer, &case)?;
         let graph = stream.capture(|| layer.launch(&gpu, &stream, &batch, false, true))?;
         for (i, (mix, routing)) in mixes.into_iter().zip(routings).enumerate() {

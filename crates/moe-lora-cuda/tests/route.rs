@@ -5,7 +5,7 @@ mod support;
 
 use fastrand::Rng;
 use moe_lora_cuda::{GpuError, testing};
-use moe_lora_kernels::{DeviceSegment, Format, RowTile, TopkParams};
+use moe_lora_kernels::{DeviceSegment, Format, PrefillGateUpParams, RowTile, TopkParams};
 use support::{Batch, Sizes, upload};
 
 struct Draw {
@@ -61,16 +61,22 @@ fn align_is_a_stable_sort_and_its_lists_cover_every_row() -> Result<(), GpuError
         let name = format!("T {tokens} k {top_k} E {experts} L {slots}");
         let batch = Batch::new(&gpu, &stream, &draw.sizes, tokens)?;
         batch.set(&stream, &vec![0; tokens * 8], &draw.ids, &draw.weights, &draw.slots, &draw.active)?;
-        for _ in 0..2 {
+        for tile_rows in [0, 0, PrefillGateUpParams::TILE_ROWS] {
             batch.poison(&stream)?;
-            batch.align(&gpu, &stream, &draw.sizes, true)?;
+            batch.align(&gpu, &stream, &draw.sizes, true, tile_rows)?;
+            check(&draw, &batch, &stream, tile_rows as usize, &name)?;
         }
-        check(&draw, &batch, &stream, &name)?;
     }
     Ok(())
 }
 
-fn check(draw: &Draw, batch: &Batch, stream: &moe_lora_cuda::Stream, name: &str) -> Result<(), GpuError> {
+fn check(
+    draw: &Draw,
+    batch: &Batch,
+    stream: &moe_lora_cuda::Stream,
+    tile_rows: usize,
+    name: &str,
+) -> Result<(), GpuError> {
     let experts = 0..draw.sizes.experts as i32;
     let mut pairs: Vec<usize> = (0..draw.ids.len()).filter(|&p| experts.contains(&draw.ids[p])).collect();
     pairs.sort_by_key(|&p| (draw.ids[p], draw.slot(p)));
@@ -90,6 +96,14 @@ fn check(draw: &Draw, batch: &Batch, stream: &moe_lora_cuda::Stream, name: &str)
     assert_eq!(batch.read::<i32>(stream, batch.at.pair_row, pair_row.len())?, pair_row, "{name}: pair_row");
 
     let (mut segments, mut tiles, mut chunks) = (Vec::<DeviceSegment>::new(), Vec::<RowTile>::new(), Vec::new());
+    let mut heights = vec![0; draw.sizes.experts];
+    pairs.iter().for_each(|&p| heights[draw.ids[p] as usize] += 1);
+    for height in &mut heights {
+        *height = match (tile_rows, *height) {
+            (0, _) | (_, 0) => 128,
+            (most, rows) => rows.div_ceil(rows.div_ceil(most)).next_multiple_of(8),
+        };
+    }
     let mut expert_first = 0;
     for (row, &pair) in pairs.iter().enumerate() {
         let (expert, slot, row) = (draw.ids[pair] as u32, draw.slot(pair), row as u32);
@@ -101,7 +115,7 @@ fn check(draw: &Draw, batch: &Batch, stream: &moe_lora_cuda::Stream, name: &str)
         if opens {
             segments.push(DeviceSegment { expert, slot, first_row: row, end_row: row });
         }
-        if (row - expert_first) % 128 == 0 {
+        if (row - expert_first) as usize % heights[expert as usize] == 0 {
             tiles.push(RowTile { expert, first_row: row, num_rows: 0, first_segment: segments.len() as u32 - 1 });
         }
         if slot >= 0 && (opens || (row - expert_first) % 32 == 0) {
@@ -113,6 +127,7 @@ fn check(draw: &Draw, batch: &Batch, stream: &moe_lora_cuda::Stream, name: &str)
             chunks.last_mut().unwrap().end_row = row + 1;
         }
     }
+    tiles.sort_by_key(|tile| std::cmp::Reverse(heights[tile.expert as usize]));
     assert!(segments.len() as u64 <= batch.bounds.segments, "{name}");
     assert!(tiles.len() as u64 <= batch.bounds.tiles && chunks.len() as u64 <= batch.bounds.chunks, "{name}");
     assert_eq!(counts.num_segments as usize, segments.len(), "{name}: segments");

@@ -80,6 +80,7 @@ impl Stages {
             #[cfg(feature = "cuda")]
             Self::Cuda { weights, runner } => {
                 let adapters = &lease.device_table(index)?;
+                let batch = Batch { token_slots: adapters.token_slots(), ..batch };
                 lock(runner).forward(weights, &batch.with_adapters(adapters), out)?;
             }
         }

@@ -11,11 +11,17 @@ pub struct PoolConfig {
     pub max_rank: usize,
     /// Adapters at a time; one more evicts another. It costs nothing until they are there. Default: 256.
     pub max_adapters: usize,
+    /// On a GPU, versions of adapters at a time, those that batches still use included: the rows of the device tables, of
+    /// 73 bytes an expert and layer each. Default: 64.
+    pub device_slots: usize,
+    /// On a GPU, bytes of page-locked host memory that are kept for the next upload. Default: 1 GiB.
+    pub host_bytes: usize,
 }
 
 impl Default for PoolConfig {
     fn default() -> Self {
-        Self { bytes: usize::try_from(4_u64 << 30).unwrap_or(usize::MAX), max_rank: 512, max_adapters: 256 }
+        let bytes = usize::try_from(4_u64 << 30).unwrap_or(usize::MAX);
+        Self { bytes, max_rank: 512, max_adapters: 256, device_slots: 64, host_bytes: 1 << 30 }
     }
 }
 
@@ -27,6 +33,7 @@ impl PoolConfig {
             ("bytes", self.bytes, usize::MAX),
             ("max_rank", self.max_rank, usize::MAX),
             ("max_adapters", self.max_adapters, SLOTS),
+            ("device_slots", self.device_slots, SLOTS),
         ] {
             if value == 0 || value > most {
                 return Err(

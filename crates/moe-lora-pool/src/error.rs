@@ -60,6 +60,14 @@ pub enum PoolError {
         /// [`PoolConfig::max_adapters`](crate::PoolConfig::max_adapters).
         max_adapters: usize,
     },
+    /// Enough bytes are free, but no holes for all matrices, and nothing more can be evicted.
+    #[error("no holes for {bytes} bytes of matrices in {free} free bytes")]
+    Fragmented {
+        /// Bytes of the new adapter.
+        bytes: usize,
+        /// Free bytes of the GPU memory.
+        free: usize,
+    },
     /// The GPU failed.
     #[cfg(feature = "cuda")]
     #[error(transparent)]

@@ -1,7 +1,7 @@
 //! A byte-budgeted pool of LoRA adapters: exact ranks, LRU eviction, pins, leases and atomic replace.
 //!
-//! An [`AdapterPool`] owns the adapters of one model. [`load`](AdapterPool::load) checks an adapter, packs it into one
-//! allocation of exactly the bytes that its own ranks need, in the format the model computes in, and hands out an
+//! An [`AdapterPool`] owns the adapters of one model. [`load`](AdapterPool::load) checks an adapter, packs it into exactly the
+//! bytes that its own ranks need, in the format the model computes in, and hands out an
 //! [`AdapterId`](moe_lora_core::AdapterId). A batch takes a [`Lease`]; what it leases is neither evicted nor freed until
 //! the lease drops. If the budget is full, the adapters that were not used for the longest time go, but never one that is
 //! pinned or leased. A call that fails leaves the pool as it was.
@@ -34,14 +34,13 @@
 //! assert!(table.get(math.slot as i32, 0, Projection::Down).is_none(), "absent is no change");
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod check;
 mod config;
 #[cfg(feature = "cuda")]
-mod cuda;
+mod device_table;
 mod error;
-mod host;
 mod lease;
 mod memory;
 mod policy;
@@ -51,11 +50,12 @@ mod snapshot;
 
 pub use config::PoolConfig;
 #[cfg(feature = "cuda")]
-pub use cuda::{CudaMemory, DeviceLayer, DeviceTable};
+pub use device_table::DeviceTable;
 pub use error::PoolError;
-pub use host::HostMemory;
 pub use lease::Lease;
-pub use memory::Memory;
+#[cfg(feature = "cuda")]
+pub use memory::cuda::{CudaMemory, TableAddress};
+pub use memory::{HostMemory, Memory};
 pub use pool::AdapterPool;
 pub use snapshot::{AdapterSnapshot, PoolSnapshot};
 

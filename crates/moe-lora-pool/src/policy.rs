@@ -17,6 +17,7 @@ pub(crate) struct Policy {
     budget: usize,
     max_adapters: usize,
     slots: Vec<Slot>,
+    rows: Rows,
     /// Versions that were unloaded or replaced under a lease, by key.
     draining: HashMap<u64, Stored>,
     /// Bytes set aside by tickets.
@@ -54,6 +55,8 @@ pub(crate) struct Tenant {
 #[derive(Debug)]
 pub(crate) struct Stored {
     key: u64,
+    /// Its own as long as it is in memory, also while it drains.
+    row: u32,
     pub(crate) bytes: usize,
     pub(crate) leases: usize,
 }
@@ -62,7 +65,37 @@ pub(crate) struct Stored {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Hold {
     pub(crate) slot: u32,
+    pub(crate) row: u32,
     key: u64,
+}
+
+/// Rows of the memory's tables: every version in memory has one.
+#[derive(Debug)]
+struct Rows {
+    most: usize,
+    taken: Vec<bool>,
+}
+
+impl Rows {
+    fn free(&self) -> usize {
+        self.most - self.taken.iter().filter(|taken| **taken).count()
+    }
+
+    /// The lowest free one.
+    fn take(&mut self) -> u32 {
+        let row = self.taken.iter().position(|taken| !taken).unwrap_or(self.taken.len());
+        if row == self.taken.len() {
+            self.taken.push(false);
+        }
+        self.taken[row] = true;
+        row as u32
+    }
+
+    fn give(&mut self, row: u32) {
+        if let Some(taken) = self.taken.get_mut(row as usize) {
+            *taken = false;
+        }
+    }
 }
 
 /// Bytes set aside for a load or a replace; to be committed or cancelled.
@@ -72,17 +105,37 @@ pub(crate) struct Ticket {
     bytes: usize,
     /// Less than `bytes` where a replace counts on the bytes of the old version.
     charged: usize,
+    row: u32,
     replaces: bool,
+    in_place: bool,
+}
+
+impl Ticket {
+    /// The row of the new version.
+    pub(crate) const fn row(&self) -> u32 {
+        self.row
+    }
+
+    pub(crate) const fn id(&self) -> AdapterId {
+        self.id
+    }
+
+    /// Whether the new version takes bytes and row of the one before.
+    pub(crate) const fn in_place(&self) -> bool {
+        self.in_place
+    }
 }
 
 impl Policy {
-    pub(crate) fn new(budget: usize, max_adapters: usize) -> Self {
-        Self { budget, max_adapters, slots: Vec::new(), draining: HashMap::new(), loading: 0, clock: 0 }
+    /// `rows` limits the versions in memory, `max_adapters` those that are loaded.
+    pub(crate) fn new(budget: usize, max_adapters: usize, rows: usize) -> Self {
+        let rows = Rows { most: rows, taken: Vec::new() };
+        Self { budget, max_adapters, slots: Vec::new(), rows, draining: HashMap::new(), loading: 0, clock: 0 }
     }
 
     /// Makes room for a new adapter. Returns the slots whose tenants went for it; on an error none did.
     pub(crate) fn admit(&mut self, bytes: usize) -> Result<(Ticket, Vec<u32>), PoolError> {
-        let victims = self.victims(bytes, true, None)?;
+        let victims = self.victims(bytes, [1, 1], None)?;
         // Known before anybody goes, so that an error changes nothing.
         let no_slot = PoolError::NoSlot { max_adapters: self.max_adapters };
         let next = i32::try_from(self.slots.len()).map_err(|_| no_slot)?.unsigned_abs();
@@ -98,25 +151,26 @@ impl Policy {
         }
         self.loading += bytes;
         let id = AdapterId { slot, generation };
-        Ok((Ticket { id, bytes, charged: bytes, replaces: false }, victims))
+        let row = self.rows.take();
+        Ok((Ticket { id, bytes, charged: bytes, row, replaces: false, in_place: false }, victims))
     }
 
     /// Makes room for a new version beside the old one or, if others cannot make way and nobody leases the old version,
     /// in its place.
     pub(crate) fn admit_replacement(&mut self, id: AdapterId, bytes: usize) -> Result<(Ticket, Vec<u32>), PoolError> {
-        let old = self.tenant(id)?;
-        let (idle, old_bytes) = (old.stored.leases == 0, old.stored.bytes);
-        let (charged, victims) = match self.victims(bytes, false, Some(id.slot)) {
-            Err(beside) if idle => {
+        let Stored { leases, bytes: old_bytes, row: old_row, .. } = self.tenant(id)?.stored;
+        let (in_place, charged, victims) = match self.victims(bytes, [0, 1], Some(id.slot)) {
+            Err(beside) if leases == 0 => {
                 let more = bytes.saturating_sub(old_bytes);
-                (more, self.victims(more, false, Some(id.slot)).map_err(|_| beside)?)
+                (true, more, self.victims(more, [0, 0], Some(id.slot)).map_err(|_| beside)?)
             }
-            result => (bytes, result?),
+            result => (false, bytes, result?),
         };
         victims.iter().for_each(|&slot| self.vacate(slot));
         self.tenant(id)?.replacing = true;
         self.loading += charged;
-        Ok((Ticket { id, bytes, charged, replaces: true }, victims))
+        let row = if in_place { old_row } else { self.rows.take() };
+        Ok((Ticket { id, bytes, charged, row, replaces: true, in_place }, victims))
     }
 
     /// Whether a replace of this adapter is under way.
@@ -124,22 +178,26 @@ impl Policy {
         Ok(self.tenant(id)?.replacing)
     }
 
+    /// Whether [`commit`](Self::commit) would go well.
+    pub(crate) fn check(&mut self, ticket: &Ticket) -> Result<(), PoolError> {
+        if ticket.replaces && self.tenant(ticket.id)?.stored.leases > 0 && ticket.in_place {
+            return Err(self.no_room(ticket.bytes)); // a batch leased the version whose bytes the ticket counted on
+        }
+        Ok(())
+    }
+
     /// The new version becomes the one that is leased. After an error the ticket has to be cancelled.
     pub(crate) fn commit(&mut self, ticket: &Ticket) -> Result<AdapterId, PoolError> {
-        let Ticket { id, bytes, charged, replaces } = *ticket;
+        self.check(ticket)?;
+        let Ticket { id, bytes, charged, row, replaces, in_place } = *ticket;
         let now = self.tick();
-        let new = Stored { key: now, bytes, leases: 0 };
+        let new = Stored { key: now, row, bytes, leases: 0 };
         if replaces {
-            let old = self.tenant(id)?;
-            let leased = old.stored.leases > 0;
-            if leased && bytes - charged > self.free() {
-                return Err(self.no_room(bytes)); // a batch leased the version whose bytes the ticket counted on
-            }
             let tenant = self.tenant(id)?;
             let old = mem::replace(&mut tenant.stored, new);
             (tenant.replacing, tenant.last_use) = (false, now);
-            if leased {
-                self.draining.insert(old.key, old);
+            if !in_place {
+                self.leave(old);
             }
         } else if let Some(slot) = self.slots.get_mut(id.slot as usize) {
             slot.state = State::Loaded(Tenant { stored: new, pinned: false, replacing: false, last_use: now });
@@ -151,6 +209,9 @@ impl Policy {
     /// As if the ticket had never been, but for what was evicted for it.
     pub(crate) fn cancel(&mut self, ticket: &Ticket) {
         self.loading -= ticket.charged;
+        if !ticket.in_place {
+            self.rows.give(ticket.row);
+        }
         if ticket.replaces {
             if let Ok(tenant) = self.tenant(ticket.id) {
                 tenant.replacing = false;
@@ -176,9 +237,9 @@ impl Policy {
         let mut seen = vec![false; self.slots.len()];
         let mut holds = Vec::new();
         for &id in ids.iter().flatten() {
-            let key = self.tenant(id)?.stored.key;
+            let Stored { key, row, .. } = self.tenant(id)?.stored;
             if seen.get_mut(id.slot as usize).is_some_and(|seen| !mem::replace(seen, true)) {
-                holds.push(Hold { slot: id.slot, key });
+                holds.push(Hold { slot: id.slot, row, key });
             }
         }
         let now = self.tick();
@@ -200,6 +261,7 @@ impl Policy {
             old.leases -= 1;
             if old.leases == 0 {
                 self.draining.remove(&hold.key);
+                self.rows.give(hold.row);
             }
         }
     }
@@ -246,16 +308,30 @@ impl Policy {
         let next = place.generation.checked_add(1);
         let old = mem::replace(&mut place.state, if next.is_some() { State::Free } else { State::Worn });
         place.generation = next.unwrap_or(place.generation);
-        if let State::Loaded(Tenant { stored, .. }) = old
-            && stored.leases > 0
-        {
-            self.draining.insert(stored.key, stored);
+        if let State::Loaded(Tenant { stored, .. }) = old {
+            self.leave(stored);
         }
     }
 
-    /// The least recently used of those that may go, as many as `bytes` more bytes (and one more slot) need; lower slots
-    /// first among those last used by the same batch.
-    fn victims(&self, bytes: usize, one_slot: bool, keep: Option<u32>) -> Result<Vec<u32>, PoolError> {
+    /// A version that nobody can lease any more: it drains, or it is gone.
+    fn leave(&mut self, stored: Stored) {
+        if stored.leases > 0 {
+            self.draining.insert(stored.key, stored);
+        } else {
+            self.rows.give(stored.row);
+        }
+    }
+
+    /// Evicts the least recently used adapter that may go. Returns its slot.
+    pub(crate) fn evict_one(&mut self) -> Option<u32> {
+        let (_, slot) = self.tenants().filter(|(_, t)| t.evictable()).map(|(id, t)| (t.last_use, id.slot)).min()?;
+        self.vacate(slot);
+        Some(slot)
+    }
+
+    /// The least recently used of those that may go, as many as `bytes` more bytes, slots and rows need; lower slots first
+    /// among those last used by the same batch.
+    fn victims(&self, bytes: usize, [slots, rows]: [usize; 2], keep: Option<u32>) -> Result<Vec<u32>, PoolError> {
         let mut idle: Vec<_> = self
             .tenants()
             .filter(|(id, tenant)| tenant.evictable() && keep != Some(id.slot))
@@ -266,16 +342,18 @@ impl Policy {
         let mut free = self.free();
         let taken = self.slots.iter().filter(|s| matches!(s.state, State::Loading | State::Loaded(_))).count();
         let mut free_slots = self.max_adapters.saturating_sub(taken);
+        let mut free_rows = self.rows.free();
         let mut victims = Vec::new();
-        while free < bytes || (one_slot && free_slots == 0) {
+        while free < bytes || free_slots < slots || free_rows < rows {
             let Some((_, slot, freed)) = idle.next() else {
                 return Err(match free < bytes {
                     true => self.no_room(bytes),
-                    false => PoolError::NoSlot { max_adapters: self.max_adapters },
+                    false => PoolError::NoSlot { max_adapters: self.max_adapters.min(self.rows.most) },
                 });
             };
             free += freed;
             free_slots += 1;
+            free_rows += 1;
             victims.push(slot);
         }
         Ok(victims)

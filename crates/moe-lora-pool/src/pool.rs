@@ -1,10 +1,14 @@
 //! The pool that everybody sees: the work is done outside the lock, the decisions inside.
 
 use crate::check::check;
+use crate::memory::Store;
+#[cfg(feature = "cuda")]
+use crate::memory::cuda::TableAddress;
 use crate::policy::Tenant;
 use crate::shared::{Claim, Shared};
 use crate::{AdapterSnapshot, Lease, Memory, PoolConfig, PoolError, PoolSnapshot};
 use moe_lora_core::{AdapterId, AdapterWeights, InputError, ModelShape, TokenAdapters};
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -19,12 +23,10 @@ impl AdapterPool {
     ///
     /// # Errors
     /// [`PoolError::Input`] if a limit is zero, there are more adapters than slot numbers, or the memory is that of a GPU
-    /// whose kernels cannot run the model's layers.
+    /// whose kernels cannot run the model's layers; [`OutOfMemory`](PoolError::OutOfMemory) if the device tables do not fit.
     pub fn new(memory: impl Into<Memory>, shape: &ModelShape, config: PoolConfig) -> Result<Self, PoolError> {
         config.check()?;
-        let memory = memory.into();
-        memory.check(shape)?;
-        Ok(Self { shared: Arc::new(Shared::new(memory, shape.clone(), config)) })
+        Ok(Self { shared: Arc::new(Shared::new(memory.into(), shape.clone(), config)?) })
     }
 
     /// Adds an adapter: converts it to the model's format and packs it, evicting the least recently used adapters that are
@@ -131,15 +133,42 @@ impl AdapterPool {
         let holds = state.policy.lease(tokens.ids())?;
         // Every tenant of the policy has its resident: both change under one lock.
         let block = |slot: u32| state.residents.get(&slot).map(|resident| resident.block.clone());
-        let held = holds.into_iter().filter_map(|hold| Some((hold, block(hold.slot)?))).collect();
+        let held: Vec<_> = holds.into_iter().filter_map(|hold| Some((hold, block(hold.slot)?))).collect();
         drop(state);
-        Ok(Lease::new(self.shared.clone(), held))
+        let row: HashMap<u32, i32> = held.iter().map(|(hold, _)| (hold.slot, hold.row as i32)).collect();
+        let rows = tokens.ids().iter().map(|id| id.and_then(|id| row.get(&id.slot).copied()).unwrap_or(-1)).collect();
+        Ok(Lease::new(self.shared.clone(), held, rows))
+    }
+
+    /// Allocates the whole budget of GPU memory now; else it is allocated in few large parts as adapters come. Nothing to
+    /// do in the host's memory.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`](PoolError::OutOfMemory).
+    pub fn reserve(&self) -> Result<(), PoolError> {
+        match &self.shared.store {
+            Store::Host(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Store::Cuda(store) => store.reserve(),
+        }
+    }
+
+    /// Where the kernels find the adapters of a decoder layer (absolute index), for the life of the pool: what a graph may
+    /// be captured with. `None` for a pool in the host's memory or a layer that is not MoE.
+    #[cfg(feature = "cuda")]
+    #[must_use]
+    pub fn table_address(&self, layer: usize) -> Option<TableAddress> {
+        match &self.shared.store {
+            Store::Host(_) => None,
+            Store::Cuda(store) => store.address(layer),
+        }
     }
 
     /// What the pool holds now.
     #[must_use]
     pub fn snapshot(&self) -> PoolSnapshot {
         let state = self.shared.state();
+        let held = self.shared.store.held();
         let adapter = |(id, tenant): (AdapterId, &Tenant)| {
             let resident = state.residents.get(&id.slot)?;
             Some(AdapterSnapshot {
@@ -157,6 +186,9 @@ impl AdapterPool {
             used_bytes: state.policy.used(),
             draining_bytes: state.policy.draining(),
             loading_bytes: state.policy.loading(),
+            reserved_bytes: held.reserved,
+            table_bytes: held.tables,
+            fragmented_bytes: held.unusable,
             adapters: state.policy.tenants().filter_map(adapter).collect(),
             loads: state.loads,
             evictions: state.evictions,
@@ -178,12 +210,12 @@ impl AdapterPool {
 
     /// Everything that needs no lock. Returns the bytes to charge.
     fn check(&self, name: &str, weights: &AdapterWeights) -> Result<usize, InputError> {
-        let Shared { memory, shape, config, .. } = &*self.shared;
-        check(weights, shape, memory.dtype(shape), config).map_err(|mut error| {
+        let Shared { store, shape, config, .. } = &*self.shared;
+        check(weights, shape, store.dtype(shape), config).map_err(|mut error| {
             error.tensor = Some(format!("adapter {name:?} {}", error.tensor.unwrap_or_default()).trim_end().into());
             error
         })?;
-        let bytes = memory.bytes(weights, shape);
+        let bytes = store.bytes(weights, shape);
         if bytes > config.bytes {
             let expected = format!("at most the pool's budget of {} bytes", config.bytes);
             return Err(InputError::new(format!("{bytes} bytes"), expected).in_tensor(format!("adapter {name:?}")));

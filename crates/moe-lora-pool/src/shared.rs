@@ -1,6 +1,6 @@
 //! What all handles of a pool share: names and blocks under one lock.
 
-use crate::memory::Block;
+use crate::memory::{Block, Packed, Store};
 use crate::policy::{Policy, Ticket};
 use crate::{Memory, PoolConfig, PoolError};
 use moe_lora_core::{AdapterId, AdapterWeights, ModelShape};
@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(crate) struct Shared {
     pub(crate) memory: Memory,
+    pub(crate) store: Store,
     pub(crate) shape: ModelShape,
     pub(crate) config: PoolConfig,
     /// Held while memory that the policy already counts as free is being freed, so that nobody allocates it twice.
@@ -37,16 +38,17 @@ pub(crate) struct Resident {
 }
 
 impl Shared {
-    pub(crate) fn new(memory: Memory, shape: ModelShape, config: PoolConfig) -> Self {
+    pub(crate) fn new(memory: Memory, shape: ModelShape, config: PoolConfig) -> Result<Self, PoolError> {
+        let store = Store::new(&memory, &shape, &config)?;
         let state = State {
-            policy: Policy::new(config.bytes, config.max_adapters),
+            policy: Policy::new(config.bytes, config.max_adapters, store.rows(&config)),
             names: HashMap::new(),
             residents: HashMap::new(),
             loads: 0,
             evictions: 0,
             replaces: 0,
         };
-        Self { memory, shape, config, freeing: Mutex::new(()), state: Mutex::new(state) }
+        Ok(Self { memory, store, shape, config, freeing: Mutex::new(()), state: Mutex::new(state) })
     }
 
     // No code under a lock panics, and each change is whole before the next call can fail: a poisoned lock is as good.
@@ -85,17 +87,26 @@ impl<'a> Claim<'a> {
         Self { shared, name, ticket, loads, open: true }
     }
 
-    /// Stores the weights, which is the slow part, then makes them the ones that are leased.
+    /// Packs the weights, which is the slow part, stores them, and makes them the ones that are leased.
     pub(crate) fn fill(mut self, weights: &AdapterWeights) -> Result<AdapterId, PoolError> {
-        let block = Arc::new(self.shared.memory.store(weights, &self.shared.shape)?);
+        let packed = self.shared.store.pack(weights, &self.shared.shape)?;
+        let block = match self.ticket.in_place() {
+            false => Some(self.place(&packed)?),
+            true => None,
+        };
         let _freeing = self.shared.freeing();
         let mut guard = self.shared.state();
         let state = &mut *guard;
+        state.policy.check(&self.ticket)?;
+        let block = match block {
+            Some(block) => block,
+            None => self.place_instead(&packed, state)?,
+        };
         let id = state.policy.commit(&self.ticket)?;
         self.open = false;
         let version = state.residents.get(&id.slot).map_or(0, |old| old.version) + 1;
-        let resident = Resident { name: self.name.clone(), version, max_rank: weights.max_rank(), block };
-        let old = state.residents.insert(id.slot, resident);
+        let (name, block) = (self.name.clone(), Arc::new(block));
+        let old = state.residents.insert(id.slot, Resident { name, version, max_rank: weights.max_rank(), block });
         if self.loads {
             state.names.insert(self.name.clone(), Some(id));
             state.loads += 1;
@@ -105,6 +116,34 @@ impl<'a> Claim<'a> {
         drop(guard);
         drop(old);
         Ok(id)
+    }
+
+    /// Stores a version beside all others; if the free bytes are in too small holes, others make way.
+    fn place(&self, packed: &Packed) -> Result<Block, PoolError> {
+        loop {
+            let placed = self.shared.store.place(packed, self.ticket.row(), None);
+            let Err(PoolError::Fragmented { .. }) = placed else { return placed };
+            let _freeing = self.shared.freeing();
+            let mut state = self.shared.state();
+            let Some(victim) = state.policy.evict_one() else { return placed };
+            let evicted = state.take(&[victim]);
+            state.evictions += 1;
+            drop(state);
+            drop(evicted);
+        }
+    }
+
+    /// Stores a version in the place of the one before, which nobody leases. If the GPU fails on the way, the adapter is
+    /// lost: what is in its place is neither version.
+    fn place_instead(&self, packed: &Packed, state: &mut State) -> Result<Block, PoolError> {
+        let slot = self.ticket.id().slot;
+        let old = state.residents.get(&slot).map(|resident| Arc::clone(&resident.block));
+        self.shared.store.place(packed, self.ticket.row(), old.as_deref()).inspect_err(|_| {
+            if old.is_some_and(|old| old.is_gone()) {
+                let _ = state.policy.unload(self.ticket.id());
+                drop(state.take(&[slot]));
+            }
+        })
     }
 }
 

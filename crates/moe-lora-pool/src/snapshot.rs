@@ -13,6 +13,12 @@ pub struct PoolSnapshot {
     pub draining_bytes: usize,
     /// Of these, bytes set aside by loads and replaces under way.
     pub loading_bytes: usize,
+    /// Bytes of GPU memory that the pool holds for adapters, at most the budget; 0 in the host's memory.
+    pub reserved_bytes: usize,
+    /// Bytes of GPU memory beside the budget: the device tables.
+    pub table_bytes: usize,
+    /// Free bytes of the reserve in holes too small for a matrix of the mean size.
+    pub fragmented_bytes: usize,
     /// The loaded adapters, by slot.
     pub adapters: Vec<AdapterSnapshot>,
     /// Loads that succeeded since the pool was made.

@@ -14,7 +14,12 @@ use moe_lora_pool::{AdapterPool, HostMemory, Lease, PoolConfig, PoolError};
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
 fn pool(dtype: DType, bytes: usize, max_adapters: usize) -> AdapterPool {
-    AdapterPool::new(HostMemory, &shape(dtype), PoolConfig { bytes, max_rank: MAX_RANK, max_adapters }).unwrap()
+    AdapterPool::new(
+        HostMemory,
+        &shape(dtype),
+        PoolConfig { bytes, max_rank: MAX_RANK, max_adapters, ..PoolConfig::default() },
+    )
+    .unwrap()
 }
 
 fn lease(pool: &AdapterPool, ids: &[AdapterId]) -> Lease {

@@ -309,7 +309,7 @@ proptest! {
         numbers in 1000..3500_usize,
         max_adapters in 2..6_usize,
     ) {
-        let config = PoolConfig { bytes: numbers * dtype.size(), max_rank: MAX_RANK, max_adapters };
+        let config = PoolConfig { bytes: numbers * dtype.size(), max_rank: MAX_RANK, max_adapters, ..PoolConfig::default() };
         let pool = AdapterPool::new(HostMemory, &shape(dtype), config).unwrap();
         let (entries, leases, ids) = (vec![], vec![], vec![]);
         let mut model =

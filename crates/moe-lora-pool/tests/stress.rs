@@ -87,7 +87,7 @@ fn worker(pool: &AdapterPool, thread: u64) -> [u64; 3] {
 
 #[test]
 fn four_threads_see_whole_versions_within_the_budget() {
-    let config = PoolConfig { bytes: 7000, max_rank: MAX_RANK, max_adapters: 5 };
+    let config = PoolConfig { bytes: 7000, max_rank: MAX_RANK, max_adapters: 5, ..PoolConfig::default() };
     let pool = AdapterPool::new(HostMemory, &shape(DType::Bf16), config).unwrap();
     let done: Vec<_> = thread::scope(|scope| {
         let workers: Vec<_> =

@@ -34,7 +34,7 @@ impl Device {
     #[cfg(feature = "cuda")]
     pub fn cuda(ordinal: usize) -> Result<Self, moe_lora_cuda::GpuError> {
         let gpu = moe_lora_cuda::Gpu::open(ordinal)?;
-        Ok(Self { memory: Memory::Cuda(moe_lora_pool::CudaMemory::new(gpu)?) })
+        Ok(Self { memory: Memory::Cuda(moe_lora_pool::CudaMemory::new(gpu)) })
     }
 
     /// The first GPU if it can be used, else the processor. `Device::cuda(0)` says why it cannot.

@@ -17,6 +17,10 @@ pub enum RunnerError {
     /// A stage failed.
     #[error(transparent)]
     Gemm(#[from] GemmError),
+    /// The adapters could not be used.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Pool(#[from] moe_lora_pool::PoolError),
     /// The GPU failed.
     #[cfg(feature = "cuda")]
     #[error(transparent)]
@@ -29,6 +33,8 @@ impl RunnerError {
     pub fn input(&self) -> Option<&InputError> {
         match self {
             Self::Input(e) => Some(e),
+            #[cfg(feature = "cuda")]
+            Self::Pool(e) => e.input(),
             Self::Route(RouteError::Input(e)) | Self::Gemm(GemmError::Input(e)) => Some(e),
             _ => None,
         }

@@ -114,7 +114,7 @@ __device__ __forceinline__ void shrink_chunks(const DecodeDownParams& p, uint32_
         }
     }
     named_barrier(kBarrierShrink, kShrinkThreads);
-    if (thread == 0) counter_add(&reinterpret_cast<RouteCounts*>(p.counts)->reserved[1], 1);
+    if (thread == 0) counter_add(&reinterpret_cast<RouteCounts*>(p.counts)->claimed[1], 1);
 }
 
 // The chunks of one block of a cluster.
@@ -130,7 +130,7 @@ __device__ __forceinline__ void bring_lora(const DecodeDownParams& p, Stream& st
     if (mine == 0) return;
     if (lane == 0) {
         Watchdog watchdog;
-        while (counter_read(&reinterpret_cast<RouteCounts*>(p.counts)->reserved[1]) < gridDim.x) watchdog.turn();
+        while (counter_read(&reinterpret_cast<RouteCounts*>(p.counts)->claimed[1]) < gridDim.x) watchdog.turn();
     }
     __syncwarp();
     const uint32_t features = min(kStreamRows, p.hidden_size - first_feature);

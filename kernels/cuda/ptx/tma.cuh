@@ -27,6 +27,12 @@ __device__ __forceinline__ void tma_load_5d(uint32_t shared, const TensorMap* ma
         "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
         : "memory");
 }
+// Bytes in order, a multiple of 16 from a multiple of 16 on.
+__device__ __forceinline__ void bulk_load(uint32_t shared, uint64_t global, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+                 "l"(global), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
 // Brings bytes to L2, a multiple of 16 from a multiple of 16 on.
 __device__ __forceinline__ void bulk_prefetch_l2(const void* global, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");

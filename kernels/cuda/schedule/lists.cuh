@@ -1,5 +1,8 @@
 // From sorted rows to the lists of work: segments (expert, slot), row tiles of the expert products, chunks of LoRA work.
 //
+// Tiles of kTileRows rows lie in the order of rows; tiles of equal parts of an expert (AlignParams::tile_rows) by their
+// height, highest first, so that kernels that share out tiles as they go end with small ones.
+//
 // A row opens a segment where expert or slot change, a tile every kTileRows rows of an expert, and a chunk where a segment
 // with an adapter opens or kChunkRows rows of the expert have passed. Every list is the rows that open something, in
 // order; its records are written by those rows (and their ends by the rows after them).
@@ -14,19 +17,55 @@ struct RowKey {
     int32_t slot;
 };
 
+// Rows of a tile of an expert with `rows` rows.
+__device__ __forceinline__ uint32_t rows_of_tile(uint32_t rows, uint32_t most) {
+    const uint32_t tiles = max(1u, (rows + most - 1) / most);
+    return ((rows + tiles - 1) / tiles + 7) / 8 * 8;
+}
+
 struct Openings {
     bool segment, tile, chunk;
 };
 
-// expert_starts: shared [E + 1], first row of every expert and the number of rows. table: global [grid, 4].
+// height[e]: rows of a tile of expert e; first_tile[e]: how many tiles come before its first: those of experts with higher tiles,
+// or equal ones and a lower number. Returns the number of all. E * E / blockDim.x steps of a thread.
+__device__ __forceinline__ uint32_t place_tiles(uint32_t experts, const uint32_t* starts, uint32_t most, uint32_t* height,
+                                                uint32_t* first_tile) {
+    uint32_t* packed = first_tile + experts;  // height and number of tiles
+    __syncthreads();
+    for (uint32_t e = threadIdx.x; e < experts; e += blockDim.x) {
+        const uint32_t rows = starts[e + 1] - starts[e];
+        height[e] = rows_of_tile(rows, most);
+        packed[e] = rows == 0 ? 0 : height[e] << 22 | (rows + height[e] - 1) / height[e];
+    }
+    __syncthreads();
+    uint32_t total = 0;
+    for (uint32_t e = threadIdx.x; e < experts; e += blockDim.x) {
+        const uint32_t mine = packed[e] >> 22;
+        uint32_t before = 0;
+        total = 0;
+#pragma unroll 1
+        for (uint32_t other = 0; other < experts; ++other) {
+            const uint32_t others = packed[other] >> 22, tiles = packed[other] & 0x3fffff;
+            total += tiles;
+            before += others > mine || (others == mine && other < e) ? tiles : 0;
+        }
+        first_tile[e] = before;
+    }
+    __syncthreads();
+    return total;
+}
+
+// expert_starts: shared [E + 1], first row of every expert and the number of rows; scratch: shared [3 E]. table: global [grid, 4].
 // bad_slots: what this warp found, the same number in all lanes.
 template <class KeyOfRow>
-__device__ void build_lists(uint32_t num_rows, uint32_t bad_slots, const uint32_t* expert_starts, KeyOfRow key_of_row, uint32_t* table,
+__device__ void build_lists(uint32_t num_rows, uint32_t experts, uint32_t most_tile_rows, uint32_t* scratch, uint32_t bad_slots, const uint32_t* expert_starts, KeyOfRow key_of_row, uint32_t* table,
                             uint32_t* barrier, Segment* segments, RowTile* tiles, Segment* chunks,
                             RouteCounts* counts) {
     __shared__ uint32_t warp_counts[4][kSortWarps];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const WarpRange range(num_rows);
+    const auto tile_rows = [&](uint32_t expert) { return most_tile_rows == 0 ? kTileRows : scratch[expert]; };
 
     // visit(row, key, slot before, openings) for every row of the warp, all lanes together; row >= end: no row.
     const auto for_rows = [&](auto visit) {
@@ -41,13 +80,15 @@ __device__ void build_lists(uint32_t num_rows, uint32_t bad_slots, const uint32_
             const uint32_t within = valid ? row - expert_starts[key.expert] : 1;
             Openings opens;
             opens.segment = valid && (key.expert != before.expert || key.slot != before.slot);
-            opens.tile = valid && within % kTileRows == 0;
+            opens.tile = valid && within % tile_rows(key.expert) == 0;
             opens.chunk = valid && key.slot >= 0 && (opens.segment || within % kChunkRows == 0);
             visit(row, valid, key, before, within, opens);
             last = RowKey{__shfl_sync(kAllLanes, key.expert, 31), __shfl_sync(kAllLanes, key.slot, 31)};
         }
     };
 
+    // Thread 0's is the total: it has an expert.
+    const uint32_t placed_tiles = most_tile_rows == 0 ? 0 : place_tiles(experts, expert_starts, most_tile_rows, scratch, scratch + experts);
     uint32_t found[3] = {0, 0, 0};
     for_rows([&](uint32_t, bool, RowKey, RowKey, uint32_t, Openings opens) {
         found[0] += __popc(__ballot_sync(kAllLanes, opens.segment));
@@ -83,7 +124,7 @@ __device__ void build_lists(uint32_t num_rows, uint32_t bad_slots, const uint32_
     __syncthreads();
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         counts->num_segments = total[0];
-        counts->num_tiles = total[1];
+        counts->num_tiles = most_tile_rows == 0 ? total[1] : placed_tiles;
         counts->num_chunks = total[2];
         counts->bad_slots = total[3];
     }
@@ -109,8 +150,9 @@ __device__ void build_lists(uint32_t num_rows, uint32_t bad_slots, const uint32_
             if (row > 0) segments[segment - 1].end_row = row;
         }
         if (opens.tile) {
-            const uint32_t rows = min(static_cast<uint32_t>(kTileRows), expert_starts[key.expert + 1] - row);
-            tiles[tile] = RowTile{key.expert, row, rows, segment + opens.segment - 1};
+            const uint32_t rows = min(tile_rows(key.expert), expert_starts[key.expert + 1] - row);
+            const uint32_t place = most_tile_rows == 0 ? tile : scratch[experts + key.expert] + within / tile_rows(key.expert);
+            tiles[place] = RowTile{key.expert, row, rows, segment + opens.segment - 1};
         }
         if (opens.chunk) {
             chunks[chunk].expert = key.expert;

@@ -3,10 +3,10 @@
 
 use bytemuck::{Pod, bytes_of, cast_slice};
 use moe_lora_core::{Activation, DType, Element, Projection, RouterWeightPlacement};
-use moe_lora_cuda::{DeviceBuffer, Gpu, GpuError, Layout, Stream};
+use moe_lora_cuda::{DeviceBuffer, Gpu, GpuError, Layout, Stream, prefill_down, prefill_gate_up};
 use moe_lora_kernels::{
-    AdapterEntry, AlignParams, CombineParams, DeviceSegment, DownParams, Format, GateUpParams, RouteBounds,
-    RouteCounts, RowTile, ShrinkParams,
+    AdapterEntry, AlignParams, CombineParams, DeviceSegment, DownParams, Format, GateUpParams, Kernel,
+    PrefillGateUpParams, RouteBounds, RouteCounts, RowTile, ShrinkParams,
 };
 use moe_lora_reference::random::Case;
 
@@ -34,6 +34,8 @@ pub struct Layer {
     pub bias: Option<[DeviceBuffer; 3]>,
     pub adapters: DeviceBuffer,
     pub table: DeviceBuffer,
+    /// Hopper's products for experts with many rows, not the portable ones.
+    pub prefill: bool,
 }
 
 /// A batch in device memory, with everything that the kernels write.
@@ -141,7 +143,7 @@ impl Batch {
         self.memory.address() + offset as u64
     }
 
-    pub fn align(&self, gpu: &Gpu, stream: &Stream, sizes: &Sizes, lora: bool) -> Result<(), GpuError> {
+    pub fn align(&self, gpu: &Gpu, stream: &Stream, sizes: &Sizes, lora: bool, tile_rows: u32) -> Result<(), GpuError> {
         let params = AlignParams {
             topk_ids: self.address(self.at.ids),
             topk_weights: self.address(self.at.weights),
@@ -161,6 +163,8 @@ impl Batch {
             top_k: sizes.top_k as u32,
             num_experts: sizes.experts as u32,
             num_slots: sizes.slots as u32,
+            tile_rows,
+            reserved: 0,
         };
         let launch = params.launch(gpu.info().sm_count);
         // SAFETY: every address is a part of `memory`, laid out for these sizes.
@@ -233,7 +237,14 @@ impl Layer {
             bias,
             adapters,
             table,
+            prefill: false,
         })
+    }
+
+    /// Whether the GPU and the layer are made for Hopper's products.
+    pub fn suits_prefill(&self, gpu: &Gpu) -> bool {
+        let known = matches!(self.activation, Activation::Silu | Activation::ClampedSwiglu { .. });
+        known && gpu.kernels().function(Kernel::PrefillGateUp(self.format)).is_some()
     }
 
     /// Gives one stage to the stream.
@@ -274,7 +285,10 @@ impl Layer {
         // SAFETY, for every launch: all addresses are parts of buffers that were made for these sizes, and the caller keeps
         // them until the stream is done.
         match stage {
-            Stage::Align => batch.align(gpu, stream, s, lora),
+            Stage::Align => {
+                let tile_rows = if self.prefill { PrefillGateUpParams::TILE_ROWS } else { 0 };
+                batch.align(gpu, stream, s, lora, tile_rows)
+            }
             Stage::ShrinkGateUp | Stage::ShrinkDown if !lora => Ok(()),
             Stage::ShrinkGateUp => {
                 let params = ShrinkParams {
@@ -318,6 +332,11 @@ impl Layer {
                     limit,
                     reserved: 0,
                 };
+                if self.prefill {
+                    let params = prefill_gate_up(self.format, params)?;
+                    // SAFETY: see above.
+                    return unsafe { kernels.launch(stream, self.format, &params, params.launch(sm_count)) };
+                }
                 let launch = params.launch(&batch.bounds, sm_count);
                 // SAFETY: see above.
                 unsafe { kernels.launch(stream, self.format, &params, launch) }
@@ -353,6 +372,11 @@ impl Layer {
                     shrunk_stride: 2 * s.max_rank as u32,
                     rows_f32: u32::from(rows_f32),
                 };
+                if self.prefill {
+                    let params = prefill_down(self.format, params)?;
+                    // SAFETY: see above.
+                    return unsafe { kernels.launch(stream, self.format, &params, params.launch(sm_count)) };
+                }
                 let launch = params.launch(&batch.bounds, sm_count);
                 // SAFETY: see above.
                 unsafe { kernels.launch(stream, self.format, &params, launch) }

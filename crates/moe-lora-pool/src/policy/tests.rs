@@ -17,7 +17,7 @@ fn id(slot: u32, generation: u32) -> AdapterId {
 
 #[test]
 fn the_least_recently_used_go_and_only_as_many_as_needed() {
-    let mut policy = Policy::new(100, 10);
+    let mut policy = Policy::new(100, 10, usize::MAX);
     let [a, b, c] = [30, 30, 30].map(|bytes| load(&mut policy, bytes).unwrap());
     let hold = policy.lease(&[Some(a), None, Some(a)]).unwrap();
     assert_eq!(hold.len(), 1, "one hold for an adapter however many tokens use it");
@@ -32,7 +32,7 @@ fn the_least_recently_used_go_and_only_as_many_as_needed() {
 
 #[test]
 fn pinned_and_leased_adapters_stay_and_the_error_says_what_holds_the_bytes() {
-    let mut policy = Policy::new(100, 10);
+    let mut policy = Policy::new(100, 10, usize::MAX);
     let [a, b, c] = [40, 30, 20].map(|bytes| load(&mut policy, bytes).unwrap());
     policy.pin(a, true).unwrap();
     let hold = policy.lease(&[Some(b)]).unwrap()[0];
@@ -48,7 +48,7 @@ fn pinned_and_leased_adapters_stay_and_the_error_says_what_holds_the_bytes() {
 
 #[test]
 fn loads_side_by_side_cannot_overshoot() {
-    let mut policy = Policy::new(100, 2);
+    let mut policy = Policy::new(100, 2, usize::MAX);
     let (first, _) = policy.admit(60).unwrap();
     assert!(matches!(policy.admit(60), Err(PoolError::NoRoom { free: 40, loading: 60, .. })));
     let (second, _) = policy.admit(40).unwrap();
@@ -62,7 +62,7 @@ fn loads_side_by_side_cannot_overshoot() {
 
 #[test]
 fn one_adapter_more_than_slots_evicts_one() {
-    let mut policy = Policy::new(100, 2);
+    let mut policy = Policy::new(100, 2, usize::MAX);
     let [a, b, c] = [1, 1, 1].map(|bytes| load(&mut policy, bytes).unwrap());
     assert_eq!(loaded(&policy), [c, b]);
     assert_eq!(policy.unload(a), Err(PoolError::Stale { id: a }));
@@ -70,7 +70,7 @@ fn one_adapter_more_than_slots_evicts_one() {
 
 #[test]
 fn bytes_of_an_unloaded_version_are_free_when_its_last_lease_drops() {
-    let mut policy = Policy::new(100, 10);
+    let mut policy = Policy::new(100, 10, usize::MAX);
     let a = load(&mut policy, 60).unwrap();
     let holds = [0; 2].map(|_| policy.lease(&[Some(a)]).unwrap()[0]);
     policy.unload(a).unwrap();
@@ -86,7 +86,7 @@ fn bytes_of_an_unloaded_version_are_free_when_its_last_lease_drops() {
 
 #[test]
 fn a_replacement_evicts_others_before_it_counts_on_the_old_bytes() {
-    let mut policy = Policy::new(100, 10);
+    let mut policy = Policy::new(100, 10, usize::MAX);
     let [a, b] = [50, 30].map(|bytes| load(&mut policy, bytes).unwrap());
     let (ticket, victims) = policy.admit_replacement(a, 50).unwrap();
     assert_eq!((victims, policy.used()), (vec![b.slot], 100));
@@ -104,7 +104,7 @@ fn a_replacement_evicts_others_before_it_counts_on_the_old_bytes() {
 
 #[test]
 fn a_replacement_that_counts_on_the_old_bytes_fails_if_they_are_leased_meanwhile() {
-    let mut policy = Policy::new(100, 10);
+    let mut policy = Policy::new(100, 10, usize::MAX);
     let a = load(&mut policy, 60).unwrap();
     let (ticket, _) = policy.admit_replacement(a, 80).unwrap();
     let hold = policy.lease(&[Some(a)]).unwrap()[0];
@@ -119,7 +119,7 @@ fn a_replacement_that_counts_on_the_old_bytes_fails_if_they_are_leased_meanwhile
 
 #[test]
 fn a_replacement_of_an_adapter_unloaded_meanwhile_is_refused() {
-    let mut policy = Policy::new(100, 10);
+    let mut policy = Policy::new(100, 10, usize::MAX);
     let a = load(&mut policy, 60).unwrap();
     let (ticket, _) = policy.admit_replacement(a, 80).unwrap();
     policy.unload(a).unwrap();
@@ -132,7 +132,7 @@ fn a_replacement_of_an_adapter_unloaded_meanwhile_is_refused() {
 
 #[test]
 fn forged_and_former_ids_are_stale_and_hold_nothing() {
-    let mut policy = Policy::new(100, 10);
+    let mut policy = Policy::new(100, 10, usize::MAX);
     let a = load(&mut policy, 10).unwrap();
     let (_ticket, _) = policy.admit(10).unwrap();
     for forged in [id(0, 1), id(1, 0), id(2, 0), id(u32::MAX, u32::MAX), id(i32::MAX.unsigned_abs(), 0)] {
@@ -147,7 +147,7 @@ fn forged_and_former_ids_are_stale_and_hold_nothing() {
 
 #[test]
 fn a_slot_out_of_generations_is_never_used_again() {
-    let mut policy = Policy::new(100, 1);
+    let mut policy = Policy::new(100, 1, usize::MAX);
     let first = load(&mut policy, 10).unwrap();
     policy.unload(first).unwrap();
     policy.slots[0].generation = u32::MAX;

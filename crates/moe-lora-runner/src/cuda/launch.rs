@@ -1,13 +1,15 @@
 //! The launches of one layer, from the raw door's struct.
 #![allow(unsafe_code, reason = "kernels check nothing; why each launch is sound is said where it is")]
 
+use super::prefill;
 use super::raw::{DTYPE_F16, DTYPE_F32, ForwardArgs, check_sizes};
 use super::workspace::Workspace;
 use crate::RunnerError;
 use moe_lora_core::{InputError, LayerShape};
-use moe_lora_cuda::{Gpu, GpuError, Stream};
+use moe_lora_cuda::{Gpu, GpuError, Stream, prefill_down, prefill_gate_up};
 use moe_lora_kernels::{
-    AlignParams, CombineParams, DownParams, Format, GateUpParams, KernelParams, Launch, RouteCounts, ShrinkParams,
+    AlignParams, CombineParams, DownParams, Format, GateUpParams, KernelParams, Launch, PrefillGateUpParams,
+    RouteCounts, ShrinkParams,
 };
 
 /// Bytes of workspace that suffice for every [`forward`] on `gpu` of a layer of these sizes with up to `max_tokens` tokens
@@ -50,7 +52,9 @@ pub unsafe fn forward(gpu: &Gpu, args: &ForwardArgs) -> Result<(), RunnerError> 
     }
     // SAFETY: the caller's promise; the borrowed handle is dropped before this returns.
     let stream = unsafe { gpu.borrow_stream(args.stream as usize as _) };
-    let call = Call { gpu, stream, args, workspace, max_rank: max_rank as u32 };
+    let format = if args.dtype == DTYPE_F16 { Format::F16 } else { Format::Bf16 };
+    let prefill = prefill::suits(gpu, format, args);
+    let call = Call { gpu, stream, args, workspace, max_rank: max_rank as u32, format, prefill };
     Ok(call.launch()?)
 }
 
@@ -62,10 +66,13 @@ struct Call<'a> {
     workspace: Workspace,
     /// A multiple of 8.
     max_rank: u32,
+    format: Format,
+    /// Hopper's products for many rows, not the portable ones.
+    prefill: bool,
 }
 
 impl Call<'_> {
-    /// The portable kernels, in order.
+    /// The kernels, in order.
     fn launch(&self) -> Result<(), GpuError> {
         if self.args.num_tokens == 0 {
             return match self.args.counts {
@@ -86,22 +93,31 @@ impl Call<'_> {
             self.give(&shrink, shrink.launch(bounds, sm_count))?;
         }
         let gate_up = self.gate_up();
-        self.give(&gate_up, gate_up.launch(bounds, sm_count))?;
+        if self.prefill {
+            let gate_up = prefill_gate_up(self.format, gate_up)?;
+            self.give(&gate_up, gate_up.launch(sm_count))?;
+        } else {
+            self.give(&gate_up, gate_up.launch(bounds, sm_count))?;
+        }
         if lora {
             let shrink = self.shrink_down();
             self.give(&shrink, shrink.launch(bounds, sm_count))?;
         }
         let down = self.down();
-        self.give(&down, down.launch(bounds, sm_count))?;
+        if self.prefill {
+            let down = prefill_down(self.format, down)?;
+            self.give(&down, down.launch(sm_count))?;
+        } else {
+            self.give(&down, down.launch(bounds, sm_count))?;
+        }
         let combine = self.combine();
         self.give(&combine, combine.launch())
     }
 
     fn give<P: KernelParams>(&self, params: &P, launch: Launch) -> Result<(), GpuError> {
-        let format = if self.args.dtype == DTYPE_F16 { Format::F16 } else { Format::Bf16 };
         // SAFETY: the functions below set every address to one of the caller's, or to a part of the workspace that was laid
         // out for these sizes; `launch` is `params`' own.
-        unsafe { self.gpu.kernels().launch(&self.stream, format, params, launch) }
+        unsafe { self.gpu.kernels().launch(&self.stream, self.format, params, launch) }
     }
 
     fn zero(&self, address: u64, bytes: usize) -> Result<(), GpuError> {
@@ -142,6 +158,8 @@ impl Call<'_> {
             top_k: args.top_k,
             num_experts: args.num_experts,
             num_slots: args.num_slots,
+            tile_rows: if self.prefill { PrefillGateUpParams::TILE_ROWS } else { 0 },
+            reserved: 0,
         }
     }
 

@@ -7,9 +7,7 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
 use moe_lora_core::{DType, Element, InputError, LayerShape};
 use moe_lora_cuda::{DeviceBuffer, Gpu, Layout, PinnedBuffer, Stream};
-use moe_lora_kernels::AdapterEntry;
 use moe_lora_pool::DeviceTable;
-use std::collections::HashMap;
 
 /// Runs layers of one shape on one GPU: [`MoeRunner`](crate::MoeRunner)'s other half.
 #[derive(Debug)]
@@ -23,12 +21,10 @@ pub struct CudaRunner {
     workspace: DeviceBuffer,
     /// What a batch's inputs are gathered in, so that one copy brings them all.
     inputs: PinnedBuffer,
-    /// Adapter entries of a batch; grows to the largest so far.
-    table: DeviceBuffer,
 }
 
 impl CudaRunner {
-    /// Allocates all that [`forward`](Self::forward) needs, but for 72 bytes an expert and adapter of a batch.
+    /// Allocates all that [`forward`](Self::forward) needs.
     ///
     /// # Errors
     /// If the GPU's kernels cannot run layers of these sizes, a limit is zero or beyond 2³¹ pairs, or the memory does not
@@ -37,25 +33,24 @@ impl CudaRunner {
         limits.check()?;
         let LayerShape { top_k, hidden_size, .. } = *shape;
         let Limits { max_tokens, max_rank } = limits;
-        let workspace = raw::workspace_bytes(gpu, shape, max_tokens, max_tokens, max_rank)?;
+        // However many slots a pool has.
+        let workspace = raw::workspace_bytes(gpu, shape, max_tokens, i32::MAX as usize, max_rank)?;
         let tensors = Tensors::new(max_tokens, top_k, hidden_size);
         Ok(Self {
             stream: gpu.stream()?,
             tensors: gpu.alloc(tensors.bytes)?,
             workspace: gpu.alloc(workspace)?,
             inputs: gpu.alloc_pinned(tensors.inputs)?,
-            table: gpu.alloc(0)?,
             gpu: gpu.clone(),
             shape: *shape,
             limits,
         })
     }
 
-    /// Bytes of the workspace in GPU memory: a function of the shape, the limits and the GPU, and of the largest number of
-    /// adapters in a batch so far.
+    /// Bytes of the workspace in GPU memory: a function of the shape, the limits and the GPU.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        self.tensors.bytes() + self.workspace.bytes() + self.table.bytes()
+        self.tensors.bytes() + self.workspace.bytes()
     }
 
     /// Sizes of the layers that this runner runs.
@@ -71,10 +66,10 @@ impl CudaRunner {
     }
 
     /// Computes one layer and waits for it; every value of `out` `[T, H]` is written. Hidden states of another format than
-    /// the weights' are rounded to it.
+    /// the weights' are rounded to it. Slots are those of the table's lease.
     ///
     /// # Errors
-    /// If lengths, ids, ranks, formats or devices do not fit, or the GPU fails; `out` is unspecified then.
+    /// If lengths, ids, slots, ranks, formats or devices do not fit, or the GPU fails; `out` is unspecified then.
     pub fn forward<X: Element, Y: Element>(
         &mut self,
         weights: &CudaWeights,
@@ -84,6 +79,7 @@ impl CudaRunner {
         batch.check(&self.shape, weights.shape(), out.len())?;
         self.check(weights, batch.adapters)?;
         check_ids(batch, &self.shape)?;
+        batch.adapters.wait_on(&self.stream)?;
         let (width, top_k, piece) = (self.shape.hidden_size, self.shape.top_k, self.limits.max_tokens);
         let tokens = batch.token_slots.chunks(piece);
         let hidden = batch.hidden.chunks(piece * width).zip(out.chunks_mut(piece * width));
@@ -101,30 +97,15 @@ impl CudaRunner {
         batch: &Batch<'_, X, &DeviceTable<'_>>,
         out: &mut [Y],
     ) -> Result<(), RunnerError> {
-        // The batch's adapters that change this layer, numbered as they appear: the pool's numbers cannot matter then.
-        let (mut layers, mut numbers) = (Vec::new(), HashMap::new());
-        let mut number = |slot: i32| match batch.adapters.layer(slot) {
-            None => -1,
-            Some(layer) => *numbers.entry(slot).or_insert_with(|| {
-                layers.push(layer);
-                layers.len() as i32 - 1
-            }),
-        };
-        let slots: Vec<i32> = batch.token_slots.iter().map(|&slot| number(slot)).collect();
-        let tokens = Tensors::new(slots.len(), self.shape.top_k, self.shape.hidden_size);
+        let table = batch.adapters.address();
+        let num_slots = if changes(batch)? { table.slots } else { 0 };
+        let tokens = Tensors::new(batch.token_slots.len(), self.shape.top_k, self.shape.hidden_size);
         let inputs = &mut self.inputs.as_mut_slice()[..tokens.inputs];
         write_hidden(&mut inputs[tokens.hidden..], batch.hidden, weights.dtype());
         put(&mut inputs[tokens.topk_ids..], batch.topk_ids);
         put(&mut inputs[tokens.topk_weights..], batch.topk_weights);
-        put(&mut inputs[tokens.token_slots..], &slots);
+        put(&mut inputs[tokens.token_slots..], batch.token_slots);
         self.stream.upload(&self.tensors, 0, inputs)?;
-        if !layers.is_empty() {
-            let entries: Vec<AdapterEntry> = layers.iter().flat_map(|layer| layer.entries()).copied().collect();
-            if self.table.bytes() < size_of_val(&entries[..]) {
-                self.table = self.gpu.alloc(size_of_val(&entries[..]).next_power_of_two())?;
-            }
-            self.stream.upload(&self.table, 0, &entries)?;
-        }
 
         let out_f32 = Y::DTYPE != weights.dtype();
         let at = |offset: usize| self.tensors.address() + offset as u64;
@@ -134,20 +115,21 @@ impl CudaRunner {
             topk_ids: at(tokens.topk_ids),
             topk_weights: at(tokens.topk_weights),
             token_slots: at(tokens.token_slots),
-            adapters: self.table.address(),
+            adapters: table.entries,
+            slot_active: table.active,
             out: at(tokens.out),
             workspace: self.workspace.address(),
             workspace_bytes: self.workspace.bytes() as u64,
-            num_tokens: slots.len() as u32,
-            num_slots: layers.len() as u32,
+            num_tokens: batch.token_slots.len() as u32,
+            num_slots,
             max_rank: self.limits.max_rank as u32,
             out_dtype: if out_f32 { DTYPE_F32 } else { ForwardArgs::dtype_code(weights.dtype()) },
             ..weights.args()
         };
         #[allow(unsafe_code, reason = "the one place where the safe door meets the raw one")]
-        // SAFETY: the tensors, the workspace and the table are this runner's own and were filled above, in the sizes and the
-        // format that `check` found weights and adapters to have; the adapters' memory and the weights are borrowed until the
-        // download below has waited for the stream; ids were checked by `check_ids`.
+        // SAFETY: tensors and workspace are this runner's own, filled above in the sizes and the format that `check` found
+        // weights and adapters to have. Ids were checked by `check_ids`, slots by `changes`; the stream has waited for what
+        // these slots of the table say, and weights and lease are borrowed until the download below has waited for it.
         unsafe {
             raw::forward(&self.gpu, &args)?;
         }
@@ -203,6 +185,20 @@ impl Tensors {
     }
 }
 
+/// Whether an adapter of the batch changes this layer. All slots have to be leased: the table holds anything in others.
+fn changes<X>(batch: &Batch<'_, X, &DeviceTable<'_>>) -> Result<bool, InputError> {
+    let mut slots = batch.token_slots.to_vec();
+    slots.sort_unstable();
+    slots.dedup();
+    let rank = |slot| match slot {
+        -1 => Ok(0),
+        _ => batch.adapters.rank(slot).ok_or_else(|| {
+            InputError::new(format!("slot {slot}"), "a slot of the table's lease, or -1").in_tensor("token_slots")
+        }),
+    };
+    slots.into_iter().try_fold(false, |any, slot| Ok(rank(slot)? > 0 || any))
+}
+
 /// What the processor's align refuses too: the kernels would skip it and count.
 fn check_ids<X, A>(batch: &Batch<'_, X, A>, shape: &LayerShape) -> Result<(), InputError> {
     let (experts, top_k) = (shape.num_experts, shape.top_k);
@@ -210,10 +206,6 @@ fn check_ids<X, A>(batch: &Batch<'_, X, A>, shape: &LayerShape) -> Result<(), In
     if let Some((pair, id)) = batch.topk_ids.iter().enumerate().find(|(_, id)| bad(**id)) {
         let found = format!("expert {id} for token {} at place {}", pair / top_k, pair % top_k);
         return Err(InputError::new(found, format!("-1 to {}", experts - 1)).in_tensor("topk_ids"));
-    }
-    if let Some((token, slot)) = batch.token_slots.iter().enumerate().find(|(_, slot)| **slot < -1) {
-        let found = format!("{slot} for token {token}");
-        return Err(InputError::new(found, "a slot, or -1 for the base model").in_tensor("token_slots"));
     }
     Ok(())
 }

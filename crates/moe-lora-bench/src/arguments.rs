@@ -1,0 +1,205 @@
+//! The command line.
+
+use anyhow::{Result, bail, ensure};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use moe_lora::LayerShape;
+use moe_lora_bench::{AdapterSet, Ceilings, PRESETS, TOKENS};
+use moe_lora_kernels::Format;
+use std::path::PathBuf;
+
+/// Benchmarks of moe-lora on an NVIDIA GPU.
+#[derive(Debug, Parser)]
+#[command(name = "moe-lora-bench")]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Times whole layers: five published shapes, or one of your own.
+    Gpu(Box<GpuArguments>),
+    /// Draws the plots of a run.
+    Plot {
+        /// What `gpu --json` wrote.
+        run: PathBuf,
+        /// Where the SVG files go.
+        folder: PathBuf,
+    },
+    /// Puts a run beside rows of other systems.
+    Compare {
+        /// What `gpu --json` wrote.
+        run: PathBuf,
+        /// Rows of other systems, as in docs/benchmarks/peers.
+        peers: PathBuf,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DTypeName {
+    Bf16,
+    F16,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GpuArguments {
+    /// Layers by name (all five without any name or size).
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    pub(crate) preset: Vec<String>,
+    /// Experts of a layer of your own, E.
+    #[arg(long, requires_all = ["top_k", "hidden", "intermediate"], conflicts_with = "preset")]
+    pub(crate) experts: Option<usize>,
+    /// Experts a token uses, k.
+    #[arg(long, requires = "experts")]
+    pub(crate) top_k: Option<usize>,
+    /// Width of a token, H.
+    #[arg(long, requires = "experts")]
+    pub(crate) hidden: Option<usize>,
+    /// Width inside an expert, I.
+    #[arg(long, requires = "experts")]
+    pub(crate) intermediate: Option<usize>,
+    /// Divides the width inside an expert, as tensor parallelism over so many GPUs does.
+    #[arg(long, default_value_t = 1, value_name = "GPUS")]
+    pub(crate) tp_shard: usize,
+    /// Batch sizes.
+    #[arg(long, value_delimiter = ',', default_values_t = TOKENS)]
+    pub(crate) tokens: Vec<usize>,
+    /// Adapters of a batch; 0 is the plain layer alone (four sets without this and --ranks).
+    #[arg(long)]
+    pub(crate) adapters: Option<usize>,
+    /// Their ranks, in turns.
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) ranks: Vec<usize>,
+    /// Share of the tokens that use no adapter.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) base_share: f64,
+    /// Sizes of the adapter table to time; what the adapters leave is empty.
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) slots: Vec<usize>,
+    /// How much more the last expert's logit is than the first one's; logits have deviation 1.
+    #[arg(long, default_value_t = 1.5)]
+    pub(crate) skew: f32,
+    /// Format of activations, weights and adapters.
+    #[arg(long, value_enum, default_value = "bf16")]
+    dtype: DTypeName,
+    /// Times each kernel alone, too.
+    #[arg(long)]
+    pub(crate) stages: bool,
+    /// Tokens of each batch that are compared with the f64 reference; 0 for none.
+    #[arg(long, default_value_t = 4)]
+    pub(crate) check_tokens: usize,
+    /// TB/s and TFLOP/s to compute floors with, instead of measuring them.
+    #[arg(long, value_names = ["READ", "PEAK"], num_args = 2)]
+    ceilings: Vec<f64>,
+    /// The GPU.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) device: usize,
+    /// Writes the run there.
+    #[arg(long)]
+    pub(crate) json: Option<PathBuf>,
+}
+
+/// A layer and what to time on it.
+#[derive(Debug)]
+pub(crate) struct Problem {
+    pub(crate) name: String,
+    pub(crate) shape: LayerShape,
+    pub(crate) tokens: Vec<usize>,
+    pub(crate) sets: Vec<AdapterSet>,
+}
+
+impl GpuArguments {
+    pub(crate) fn problems(&self) -> Result<Vec<Problem>> {
+        ensure!(self.tokens.iter().all(|&t| t > 0) && !self.tokens.is_empty(), "--tokens: at least 1");
+        ensure!((0.0..=1.0).contains(&self.base_share), "--base-share: from 0 to 1");
+        let sets = self.sets()?;
+        let problem = |name: &str, [experts, top_k, hidden, intermediate]: [usize; 4]| -> Result<Problem> {
+            let shards = self.tp_shard;
+            ensure!(shards > 0 && intermediate.is_multiple_of(shards), "--tp-shard: a divisor of {intermediate}");
+            let name = if shards > 1 { format!("{name}-tp{shards}") } else { name.to_owned() };
+            let shape = LayerShape::new(experts, top_k, hidden, intermediate / shards)?;
+            Ok(Problem { name, shape, tokens: self.tokens.clone(), sets: sets.clone() })
+        };
+        if let (Some(experts), Some(top_k), Some(hidden), Some(intermediate)) =
+            (self.experts, self.top_k, self.hidden, self.intermediate)
+        {
+            let name = format!("e{experts}-k{top_k}-h{hidden}-i{intermediate}");
+            return Ok(vec![problem(&name, [experts, top_k, hidden, intermediate])?]);
+        }
+        for name in &self.preset {
+            if PRESETS.iter().all(|p| p.name != name) {
+                bail!("--preset {name}: one of {}", PRESETS.map(|p| p.name).join(", "));
+            }
+        }
+        let chosen = PRESETS.iter().filter(|p| self.preset.is_empty() || self.preset.iter().any(|n| n == p.name));
+        chosen.map(|p| problem(p.name, p.sizes)).collect()
+    }
+
+    fn sets(&self) -> Result<Vec<AdapterSet>> {
+        ensure!(self.ranks.iter().all(|&r| r > 0), "--ranks: at least 1");
+        let ranks = if self.ranks.is_empty() { &[16][..] } else { &self.ranks };
+        let count = match self.adapters {
+            None if self.ranks.is_empty() => return Ok(AdapterSet::presets()),
+            None => ranks.len(),
+            Some(0) => return Ok(Vec::new()),
+            Some(count) => count,
+        };
+        let ranks = ranks.iter().copied().cycle().take(count).collect();
+        Ok(vec![AdapterSet { ranks, base_share: self.base_share }])
+    }
+
+    /// The table sizes to time a set with.
+    pub(crate) fn slots_of(&self, set: &AdapterSet) -> Vec<usize> {
+        let count = set.ranks.len();
+        let larger: Vec<usize> = self.slots.iter().copied().filter(|&s| s >= count).collect();
+        if count == 0 || larger.is_empty() { vec![count] } else { larger }
+    }
+
+    pub(crate) const fn format(&self) -> Format {
+        match self.dtype {
+            DTypeName::Bf16 => Format::Bf16,
+            DTypeName::F16 => Format::F16,
+        }
+    }
+
+    pub(crate) fn ceilings(&self) -> Option<Ceilings> {
+        match self.ceilings[..] {
+            [read_tb_s, peak_tflop_s] => Some(Ceilings { read_tb_s, peak_tflop_s }),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gpu(words: &[&str]) -> GpuArguments {
+        match Arguments::parse_from(["moe-lora-bench", "gpu"].iter().chain(words)).command {
+            Command::Gpu(arguments) => *arguments,
+            other => unreachable!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn presets_sizes_and_sets() {
+        let all = gpu(&[]).problems().unwrap();
+        assert_eq!((all.len(), all[0].tokens.len(), all[0].sets.len()), (5, 8, 4));
+        let own =
+            "--experts 8 --top-k 2 --hidden 64 --intermediate 32 --tp-shard 2 --tokens 3,5 --adapters 3 --ranks 8,64";
+        let own = gpu(&own.split(' ').collect::<Vec<_>>()).problems().unwrap();
+        assert_eq!((own[0].name.as_str(), own[0].shape.intermediate_size), ("e8-k2-h64-i32-tp2", 16));
+        assert_eq!((own[0].tokens.as_slice(), own[0].sets[0].ranks.as_slice()), (&[3, 5][..], &[8, 64, 8][..]));
+        assert!(gpu(&["--adapters", "0", "--preset", "olmoe"]).problems().unwrap()[0].sets.is_empty());
+        assert!(gpu(&["--preset", "gpt-5"]).problems().unwrap_err().to_string().contains("qwen3-30b"));
+        assert!(gpu(&["--tp-shard", "5"]).problems().is_err() && gpu(&["--tokens", "0"]).problems().is_err());
+    }
+
+    #[test]
+    fn tables_are_never_smaller_than_the_set() {
+        let arguments = gpu(&["--slots", "4,8,64"]);
+        assert_eq!(arguments.slots_of(&AdapterSet::uniform(8, 16, 0.0)), [8, 64]);
+        assert_eq!(arguments.slots_of(&AdapterSet::uniform(0, 0, 0.0)), [0]);
+        assert_eq!(gpu(&[]).slots_of(&AdapterSet::uniform(8, 16, 0.0)), [8]);
+    }
+}

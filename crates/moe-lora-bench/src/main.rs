@@ -1,0 +1,35 @@
+//! `moe-lora-bench`: times layers on a GPU, draws what it found, and compares it with other systems.
+#![allow(clippy::print_stdout, reason = "a command line speaks")]
+
+mod arguments;
+mod gpu;
+
+use anyhow::{Context, Result};
+use arguments::{Arguments, Command};
+use clap::Parser;
+use moe_lora_bench::{compare, plots};
+use serde::de::DeserializeOwned;
+use std::fs;
+use std::path::Path;
+
+fn main() -> Result<()> {
+    match Arguments::parse().command {
+        Command::Gpu(arguments) => gpu::run(&arguments),
+        Command::Plot { run, folder } => {
+            fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+            for (name, svg) in plots(&read(&run)?) {
+                fs::write(folder.join(name), svg)?;
+            }
+            Ok(())
+        }
+        Command::Compare { run, peers } => {
+            print!("{}", compare(&read(&run)?, &read(&peers)?));
+            Ok(())
+        }
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = fs::read(path).with_context(|| path.display().to_string())?;
+    serde_json::from_slice(&text).with_context(|| path.display().to_string())
+}

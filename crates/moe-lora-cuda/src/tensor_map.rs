@@ -1,0 +1,94 @@
+//! Tensor maps: how a kernel's bulk copies find boxes of a tensor in GPU memory.
+
+use crate::GpuError;
+use cudarc::driver::DriverError;
+use cudarc::driver::sys::{self, CUtensorMapDataType as Type};
+use moe_lora_kernels::{DownParams, Format, GateUpParams, PrefillDownParams, PrefillGateUpParams, TensorMap};
+
+/// One dimension of a tensor and of the boxes that are copied from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dimension {
+    /// Places in the tensor; what a box has beyond them is filled with zeros.
+    pub size: u64,
+    /// Numbers from place to place: 1 for the first dimension, a multiple of 8 for all others.
+    pub stride: u64,
+    /// Places in a box.
+    pub of_box: u32,
+}
+
+/// Encodes the map of a tensor of up to five dimensions, the innermost first. In shared memory a box's rows of 128 bytes are
+/// permuted as wgmma wants them. A pure function: nothing is read at `address`, and the GPU is not asked.
+///
+/// # Errors
+/// If the driver refuses: an address or stride that is no multiple of 16 bytes, or sizes out of range.
+pub fn tensor_map(format: Format, address: u64, dimensions: &[Dimension]) -> Result<TensorMap, GpuError> {
+    const MOST: usize = 5;
+    if dimensions.len() > MOST {
+        return Err(GpuError::driver("encoding a tensor map", DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE)));
+    }
+    let (mut sizes, mut strides, mut of_box) = ([0; MOST], [0; MOST], [0; MOST]);
+    for (i, dimension) in dimensions.iter().enumerate() {
+        (sizes[i], strides[i], of_box[i]) = (dimension.size, dimension.stride * 2, dimension.of_box);
+    }
+    let steps = [1_u32; MOST];
+    let data_type = match format {
+        Format::Bf16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        Format::F16 => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+    };
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    // SAFETY: the arrays hold at least as many numbers as there are dimensions (one stride less); `address` is not followed.
+    let result = unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &raw mut map,
+            data_type,
+            dimensions.len() as u32,
+            address as usize as *mut _,
+            sizes.as_ptr(),
+            strides[1..].as_ptr(),
+            of_box.as_ptr(),
+            steps.as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    };
+    GpuError::check("encoding a tensor map", result)?;
+    Ok(TensorMap { words: map.opaque })
+}
+
+/// [`GateUpParams`] with the map of gate and up, of which up must be the later one.
+///
+/// # Errors
+/// If the driver cannot encode it.
+pub fn prefill_gate_up(format: Format, gate_up: GateUpParams) -> Result<PrefillGateUpParams, GpuError> {
+    let row = u64::from(gate_up.row_stride);
+    let dimension = |size: u32, stride, of_box| Dimension { size: size.into(), stride, of_box };
+    let dimensions = [
+        dimension(gate_up.hidden_size, 1, 64),
+        dimension(8, row, 8),
+        dimension(2, gate_up.up.saturating_sub(gate_up.gate) / 2, 2),
+        dimension(gate_up.intermediate_size / 8, 8 * row, 8),
+        dimension(gate_up.num_experts, of_experts(gate_up.num_experts, gate_up.expert_stride), 1),
+    ];
+    Ok(PrefillGateUpParams { weights: tensor_map(format, gate_up.gate, &dimensions)?, gate_up })
+}
+
+/// [`DownParams`] with the map of down.
+///
+/// # Errors
+/// If the driver cannot encode it.
+pub fn prefill_down(format: Format, down: DownParams) -> Result<PrefillDownParams, GpuError> {
+    let dimension = |size: u32, stride, of_box| Dimension { size: size.into(), stride, of_box };
+    let dimensions = [
+        dimension(down.intermediate_size, 1, 64),
+        dimension(down.hidden_size, u64::from(down.row_stride), 128),
+        dimension(down.num_experts, of_experts(down.num_experts, down.expert_stride), 1),
+    ];
+    Ok(PrefillDownParams { weights: tensor_map(format, down.down, &dimensions)?, down })
+}
+
+/// The stride of one expert alone may be anything.
+const fn of_experts(num_experts: u32, stride: u64) -> u64 {
+    if num_experts == 1 { 8 } else { stride }
+}

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Tests and times moe-lora on a machine with an NVIDIA GPU; Rust is not needed.
+#
+#   ./run.sh tests                 every GPU test; a missing GPU is a failure
+#   ./run.sh sanitize [TOOL]...    the tests on few, small cases under compute-sanitizer: memcheck initcheck synccheck racecheck
+#   ./run.sh bench [ARGUMENT]...   times and shares of the floor, as `bin/moe-lora-bench gpu --help` says
+#   ./run.sh peers [ARGUMENT]...   the same layers through the C library and PyTorch (`peers/bench_peer.py` has the arguments),
+#                                  beside rows of other systems; ROWS=peers.json is where they are kept
+#   ./run.sh all [ARGUMENT]...     one after the other; the arguments are those of bench
+#
+# TESTS="moe-lora-cuda-* moe-lora-layer-cuda" chooses programs, FILTER="graph" tests in them, LIMIT=300 ends a program
+# that takes longer than so many seconds.
+set -uo pipefail
+cd "$(dirname "$0")"
+export MOE_LORA_REQUIRE_GPU=1 MOE_LORA_FIXTURES="$PWD/golden" MOE_LORA_BIN="$PWD/bin/moe-lora"
+limit=${LIMIT:-300}
+
+programs() {
+  local pattern
+  for pattern in ${TESTS:-*}; do compgen -G "tests/$pattern"; done
+}
+
+# Runs "$@", prints one line about it, and on failure all that it said.
+checked() {
+  local name=$1 start=$SECONDS text status
+  shift
+  text=$(timeout "$limit" "$@" 2>&1 </dev/null)
+  status=$?
+  if grep -q SKIPPED <<<"$text"; then status=${status/#0/3}; fi
+  printf '%-44s %s %4d s  %s\n' "$name" "$([ $status = 0 ] && echo ok || echo "FAILED ($status)")" $((SECONDS - start)) \
+    "$(grep -E '^test result|ERROR SUMMARY|RACECHECK SUMMARY' <<<"$text" | sed 's/; 0 measured.*//; s/========= //' | paste -sd' ')"
+  [ $status = 0 ] || { printf '%s\n' "$text"; failed=$((failed + 1)); }
+}
+
+run_tests() {
+  local program
+  for program in $(programs); do checked "${program#tests/}" "$program" ${FILTER:-}; done
+}
+
+run_sanitizers() {
+  local sanitizer program tool
+  sanitizer=$(command -v compute-sanitizer || compgen -G '/usr/local/cuda*/bin/compute-sanitizer' | head -1)
+  [ -n "$sanitizer" ] || { echo "compute-sanitizer is not installed"; failed=$((failed + 1)); return; }
+  export MOE_LORA_CASES=${MOE_LORA_CASES:-3}
+  [ $# -gt 0 ] || set -- memcheck initcheck synccheck racecheck
+  for tool; do
+    for program in $(programs); do
+      # The command starts programs of its own; the sanitizers follow them.
+      checked "$tool ${program#tests/}" "$sanitizer" --tool "$tool" --target-processes all --error-exitcode 9 \
+        "$program" --test-threads 1 ${FILTER:-}
+    done
+  done
+}
+
+failed=0
+command=${1:-help}
+[ $# = 0 ] || shift
+case $command in
+  tests) run_tests ;;
+  sanitize) run_sanitizers "$@" ;;
+  bench) bin/moe-lora-bench gpu "$@" || failed=1 ;;
+  peers)
+    rows=${ROWS:-peers.json}
+    ${PYTHON:-python3} peers/bench_peer.py moe_lora "$rows" "$@" || failed=1
+    for others in peers/rows/*.json; do bin/moe-lora-bench compare "$rows" "$others" || failed=1; done
+    ;;
+  all)
+    run_tests
+    run_sanitizers
+    bin/moe-lora-bench gpu "$@" || failed=$((failed + 1))
+    ;;
+  *) sed -n '2,/^set/{s/^# \{0,1\}//;/^set/!p}' "$0" && exit 2 ;;
+esac
+[ $failed = 0 ] && echo "run.sh $command: ok" || { echo "run.sh $command: $failed failed"; exit 1; }
