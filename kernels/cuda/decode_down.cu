@@ -6,12 +6,11 @@
 // A cluster owns 64 features of all tokens; each of its blocks a part of k, turned by the expert's number so that all have the same
 // load. The sums y [T][64] stay in f32 in shared memory. Two warpgroups take turns at the row tiles, experts ascending
 // (tile/stream.cuh); a product is added to y in that order. A fourth warpgroup shrinks LoRA chunks meanwhile, spread over all
-// blocks; what has been shrunk is counted, and B S follows the weights through the same ring. At the end the blocks of a cluster
-// exchange their parts of y and add them in the order of their ranks.
+// blocks, and brings B and S for groups of chunks that follow the last tiles (epilogue/lora_stream.cuh). At the end the blocks of a
+// cluster exchange their parts of y and add them in the order of their ranks.
 // The ring is filled with weights before the launch before is complete: only the lists of align must be.
 // Cost: weights and adapters read once, h H / 64 times from L2.
-// Limits: T <= 256, H, I multiples of 8, ranks up to 64, one stage holds B of 64 features and S of a row (256 + 128 R + 4 planes R
-// bytes), the ring holds y; the grid must not exceed what runs at the same time.
+// Limits: T <= 256, H, I multiples of 8; the ring holds y; the grid must not exceed what runs at the same time.
 #include "epilogue/expert_sum.cuh"
 #include "epilogue/lora_stream.cuh"
 #include "params.cuh"
@@ -35,7 +34,8 @@ struct Part {
 
 // What a block works on, and where its shared memory is.
 struct Job {
-    uint32_t rank, first_feature, stages_of_k, num_tiles, num_chunks;
+    uint32_t rank, first_feature, stages_of_k;
+    Turns turns;
     const RowTile* tiles;
     ExpertSum sum;
 };
@@ -43,7 +43,7 @@ struct Job {
 // One thread.
 __device__ __forceinline__ void bring_weights(const DecodeDownParams& p, const Job& job, Stream stream) {
 #pragma unroll 1
-    for (uint32_t i = 0; i < job.num_tiles; ++i) {
+    for (uint32_t i = 0; i < job.turns.tiles; ++i) {
         const uint32_t expert = job.tiles[i].expert;
         const Part part(p, job.stages_of_k, job.rank, expert);
 #pragma unroll 1
@@ -64,7 +64,7 @@ template <class T>
 __device__ __forceinline__ void bring_tokens(const DecodeDownParams& p, const Job& job, Stream stream) {
     const T* input = reinterpret_cast<const T*>(p.intermediate);
 #pragma unroll 1
-    for (uint32_t i = 0; i < job.num_tiles; ++i) {
+    for (uint32_t i = 0; i < job.turns.tiles; ++i) {
         const RowTile tile = job.tiles[i];
         const Part part(p, job.stages_of_k, job.rank, tile.expert);
         const TokenRows rows(tile.num_rows, [&](uint32_t row) { return (tile.first_row + row) * (p.intermediate_size / 8); });
@@ -76,21 +76,24 @@ __device__ __forceinline__ void bring_tokens(const DecodeDownParams& p, const Jo
             stream.next();
         }
     }
-    bring_lora<T>(p, stream, job.num_chunks, job.rank, job.first_feature);
 }
 
 template <class T>
-__device__ __forceinline__ void consume(const DecodeDownParams& p, const Job& job, Stream stream) {
+__device__ __forceinline__ void consume(const DecodeDownParams& p, const Job& job, Stream stream, LoraRing lora) {
     const uint32_t group = threadIdx.x / 128;
     const uint32_t feature = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll 1
-    for (uint32_t turn = 0; turn < job.num_tiles; ++turn) {
-        const RowTile tile = job.tiles[turn];
-        const Part part(p, job.stages_of_k, job.rank, tile.expert);
-        if (turn % 2 != group) {
-            stream.skip(part.steps);
+    for (uint32_t turn = group; turn < job.turns.count; turn += 2) {
+        const bool hand_over = turn + 1 < job.turns.count;
+        if (job.turns.is_group(turn)) {
+            stream.take_turn(turn == 0);
+            consume_group<T>(p, stream, lora, turn, hand_over, job.sum);
+            __syncwarp();
+            if (hand_over) named_barrier_arrive(kBarrierAccumulate + (group ^ 1), kStreamConsumers);
             continue;
         }
+        const RowTile tile = job.tiles[job.turns.tile(turn)];
+        const Part part(p, job.stages_of_k, job.rank, tile.expert);
         float bias[2] = {0.0f, 0.0f};
         if (p.bias != 0 && job.rank == 0) {
             const auto* from = reinterpret_cast<const float*>(p.bias) + static_cast<size_t>(tile.expert) * p.hidden_size;
@@ -99,8 +102,7 @@ __device__ __forceinline__ void consume(const DecodeDownParams& p, const Job& jo
                 if (at < p.hidden_size) bias[i] = from[at];
             }
         }
-        const bool hand_over = turn + 1 < job.num_tiles;
-        if (turn > 0) named_barrier(kBarrierTurn + group, kStreamConsumers);
+        stream.take_turn(turn == 0);
         for_columns(tile.num_rows, [&](auto columns) {
             constexpr int kColumns = decltype(columns)::value;
             float sum[kColumns / 8][4] = {};
@@ -115,7 +117,6 @@ __device__ __forceinline__ void consume(const DecodeDownParams& p, const Job& jo
         __syncwarp();
         if (hand_over) named_barrier_arrive(kBarrierAccumulate + (group ^ 1), kStreamConsumers);
     }
-    consume_lora<T>(p, stream, job.num_chunks, job.rank, job.sum);
 }
 
 // Adds up the cluster's parts of y and writes them out. Consumers only. The ring takes the parts of other blocks.
@@ -172,27 +173,31 @@ __device__ __forceinline__ void decode_down_kernel(const DecodeDownParams& p) {
     char* ring = decode_down_shared + skipped;
     const uint32_t pairs = p.num_tokens * p.top_k;
     const uint32_t slot = p.stage_tiles * (kStreamWeightBytes + p.tile_rows * kTileRowBytes);
-    float* y = reinterpret_cast<float*>(ring + p.stages * slot);
+    float* y = reinterpret_cast<float*>(ring + p.stages * slot + p.lora_stages * p.lora_bytes);
     auto* tiles = reinterpret_cast<RowTile*>(y + p.num_tokens * 64);
     float* partial = reinterpret_cast<float*>(tiles + p.max_tiles);
     uint32_t* barriers = reinterpret_cast<uint32_t*>(partial + kShrinkPartial);
-    float* weights = reinterpret_cast<float*>(barriers + 4 * p.stages + 4);
+    const uint32_t lora_barriers = shared_address(barriers) + stream_barrier_bytes(p.stages);
+    const uint32_t received = lora_barriers + stream_barrier_bytes(p.lora_stages), ready = received + 8;
+    float* weights = reinterpret_cast<float*>(barriers) + (received + 16 - shared_address(barriers)) / 4;
     auto* tokens = reinterpret_cast<uint16_t*>(weights + pairs);
-    const uint32_t received = shared_address(barriers) + 16 * p.stages, ready = received + 8;
-    Stream stream(shared_address(ring), shared_address(barriers), p.stages, p.stage_tiles, p.tile_rows);
+    const Stream stream(shared_address(ring), shared_address(barriers), p.stages, p.stage_tiles, p.tile_rows);
+    const LoraRing lora{shared_address(ring) + p.stages * slot, lora_barriers, lora_barriers + 8 * p.lora_stages, p.lora_stages,
+                        p.lora_bytes};
 
     // Align is complete: the launch before has waited for it.
     const RouteCounts counts = *reinterpret_cast<const RouteCounts*>(p.counts);
-    const Job job{p.cluster > 1 ? cluster_rank() : 0,
+    const uint32_t rank = p.cluster > 1 ? cluster_rank() : 0, num_chunks = p.adapters != 0 ? counts.num_chunks : 0;
+    const Job job{rank,
                   blockIdx.x / p.cluster * kStreamRows,
                   (p.intermediate_size + p.stage_tiles * kTileDepth - 1) / (p.stage_tiles * kTileDepth),
-                  counts.num_tiles,
-                  p.adapters != 0 ? counts.num_chunks : 0,
+                  Turns(p, counts.num_tiles, num_chunks, rank, p.intermediate_size * kTileRowBytes / p.cluster),
                   tiles,
                   ExpertSum{y, tokens, weights}};
     if (threadIdx.x == 0) {
         tma_prefetch(&p.weights);
         stream.init();
+        if (num_chunks > 0) lora.init();
         mbarrier_init(received, 1);
         mbarrier_init(ready, max(p.cluster, 2u) - 1);
         fence_mbarrier_init();
@@ -214,7 +219,7 @@ __device__ __forceinline__ void decode_down_kernel(const DecodeDownParams& p) {
     const uint32_t warp = threadIdx.x / 32;
     if (warp < kStreamConsumers / 32) {
         wait_for_previous_launch();
-        consume<T>(p, job, stream);
+        consume<T>(p, job, stream, lora);
         finish<T>(p, job, ring, received, ready);
     } else if (warp < (kStreamConsumers + kStreamTokenThreads) / 32) {
         wait_for_previous_launch();
@@ -223,7 +228,8 @@ __device__ __forceinline__ void decode_down_kernel(const DecodeDownParams& p) {
         if (threadIdx.x % 32 == 0) bring_weights(p, job, stream);
         __syncwarp();
     } else {
-        shrink_chunks<T>(p, job.num_chunks, partial);
+        shrink_chunks<T>(p, num_chunks, partial);
+        bring_lora<T>(p, lora, job.turns, job.rank, job.first_feature);
     }
     if (p.cluster > 1) cluster_barrier_relaxed();
 }

@@ -29,19 +29,28 @@ struct Item {
     AdapterEntry entry[2];
 };
 
+// What a block does: its chunks, then its tiles. Chunks are dealt to the blocks after the tiles, to those that have one tile less,
+// and are done first.
 struct Items {
-    uint32_t shrinks, total, rank_blocks, feature_blocks, steps;
+    uint32_t shrinks, own_shrinks, first_shrink, own, rank_blocks, feature_blocks, steps;
 
     __device__ Items(const DecodeGateUpParams& p, const RouteCounts& counts) {
         rank_blocks = p.gate_up.adapters == 0 ? 0 : (2 * p.gate_up.max_rank + kStreamRows - 1) / kStreamRows;
         feature_blocks = (p.gate_up.intermediate_size + kFeatures - 1) / kFeatures;
         shrinks = counts.num_chunks * rank_blocks;
-        total = shrinks + counts.num_tiles * feature_blocks;
+        const uint32_t tiles = counts.num_tiles * feature_blocks;
+        first_shrink = (blockIdx.x + gridDim.x - tiles % gridDim.x) % gridDim.x;
+        own_shrinks = dealt(shrinks, first_shrink);
+        own = own_shrinks + dealt(tiles, blockIdx.x);
         steps = (p.gate_up.hidden_size + p.stage_tiles * kTileDepth - 1) / (p.stage_tiles * kTileDepth);
     }
-    __device__ __forceinline__ Item at(const DecodeGateUpParams& p, uint32_t index) const {
+    static __device__ __forceinline__ uint32_t dealt(uint32_t count, uint32_t first) {
+        return count > first ? (count - first - 1) / gridDim.x + 1 : 0;
+    }
+    __device__ __forceinline__ Item at(const DecodeGateUpParams& p, uint32_t turn) const {
         Item item{};
-        item.shrink = index < shrinks;
+        item.shrink = turn < own_shrinks;
+        const uint32_t index = item.shrink ? first_shrink + turn * gridDim.x : blockIdx.x + (turn - own_shrinks) * gridDim.x;
         if (item.shrink) {
             const Segment chunk = reinterpret_cast<const Segment*>(p.chunks)[index / rank_blocks];
             const auto* table = reinterpret_cast<const AdapterEntry*>(p.gate_up.adapters) +
@@ -56,8 +65,8 @@ struct Items {
             item.num_rows = chunk.end_row - chunk.first_row;
             item.steps = item.first < item.ranks[0] + item.ranks[1] ? steps : 0;
         } else {
-            const RowTile tile = reinterpret_cast<const RowTile*>(p.gate_up.tiles)[(index - shrinks) / feature_blocks];
-            item.first = (index - shrinks) % feature_blocks * kFeatures;
+            const RowTile tile = reinterpret_cast<const RowTile*>(p.gate_up.tiles)[index / feature_blocks];
+            item.first = index % feature_blocks * kFeatures;
             item.expert = tile.expert;
             item.first_row = tile.first_row;
             item.num_rows = tile.num_rows;
@@ -71,8 +80,8 @@ struct Items {
 // One thread.
 __device__ __forceinline__ void bring_weights(const DecodeGateUpParams& p, const Items& items, Stream stream) {
 #pragma unroll 1
-    for (uint32_t index = blockIdx.x; index < items.total; index += gridDim.x) {
-        const Item item = items.at(p, index);
+    for (uint32_t turn = 0; turn < items.own; ++turn) {
+        const Item item = items.at(p, turn);
 #pragma unroll 1
         for (uint32_t step = 0; step < item.steps; ++step) {
             stream.wait_empty();
@@ -114,8 +123,8 @@ __device__ __forceinline__ void bring_tokens(const DecodeGateUpParams& p, const 
     const auto* row_pair = reinterpret_cast<const uint32_t*>(p.gate_up.row_pair);
     const uint32_t first = (threadIdx.x - kStreamConsumers) / 8;
 #pragma unroll 1
-    for (uint32_t index = blockIdx.x; index < items.total; index += gridDim.x) {
-        const Item item = items.at(p, index);
+    for (uint32_t turn = 0; turn < items.own; ++turn) {
+        const Item item = items.at(p, turn);
         const TokenRows rows(item.num_rows, [&](uint32_t row) {
             return row_pair[item.first_row + row] / p.gate_up.top_k * (p.gate_up.hidden_size / 8);
         });
@@ -283,18 +292,13 @@ template <class T>
 __device__ __forceinline__ void consume(const DecodeGateUpParams& p, const Items& items, uint32_t num_segments, Stream stream) {
     const uint32_t group = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     auto* counts = reinterpret_cast<RouteCounts*>(p.gate_up.counts);
-    uint32_t turn = 0;
 #pragma unroll 1
-    for (uint32_t index = blockIdx.x; index < items.total; index += gridDim.x, ++turn) {
-        const Item item = items.at(p, index);
-        if (turn % 2 != group) {
-            stream.skip(item.steps);
-            continue;
-        }
+    for (uint32_t turn = group; turn < items.own; turn += 2) {
+        const Item item = items.at(p, turn);
         const TileSegments segments(p.gate_up, item, item.shrink ? 0 : num_segments, item.first_segment);
         if (warp == 0) segments.template prefetch<T>(p.gate_up, item);
-        const bool hand_over = index + gridDim.x < items.total;
-        if (turn > 0) named_barrier(kBarrierTurn + group, kStreamConsumers);
+        const bool hand_over = turn + 1 < items.own;
+        stream.take_turn(turn == 0);
         for_columns(item.num_rows, [&](auto columns) {
             constexpr int kColumns = decltype(columns)::value;
             float sum[kColumns / 8][4] = {};

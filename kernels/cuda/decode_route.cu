@@ -164,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(1024) moe_lora_decode_align(const A
         const uint32_t expert = s.expert[row], within = row - s.starts[expert], rows = s.starts[expert + 1] - s.starts[expert];
         segment[i] = within == 0 || s.slot[row] != s.slot[row - 1];
         chunk[i] = s.slot[row] > 0 && (segment[i] || within % kChunkRows == 0);
-        const uint32_t tiles = (rows + p.tile_rows - 1) / p.tile_rows, size = ((rows + tiles - 1) / tiles + 15) / 16 * 16;
+        const uint32_t tiles = (rows + p.tile_rows - 1) / p.tile_rows, size = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
         tile[i] = within % size == 0;
         of_tile[i] = min(size, rows - within);
         opened += segment[i] + (tile[i] << 16);

@@ -1,10 +1,9 @@
-// LoRA of the decode kernel of down: A h shrunk by a warpgroup of every block beside the base product, then B S through the ring
-// that has brought the weights.
+// LoRA of the decode kernel of down, beside the base product. A warpgroup of every block shrinks its share of all chunks; once all
+// blocks have, it brings B and S of the chunks that its block adds through a ring of its own to the warpgroups that multiply.
 //
-// A block of a cluster adds every p.cluster-th chunk. A stage of the ring holds as many of them as fit: a header of 16 records of
-// 16 bytes (how many, then one for each: first row | rows, slot's parity, ranks | scale | places in units of 16 bytes), B of 64
-// features [64][ranks], S f32 [planes][rows][ranks]. The consumers share chunks by the slot's parity: a token has one slot, so no
-// two warps add to the same place.
+// A block of a cluster adds every p.cluster-th chunk, in groups that follow the last tiles (struct Turns). A stage holds as many
+// chunks as fit: a header of 16 records of 16 bytes (how many and whether the group ends, then one for each: first row | rows,
+// ranks | scale | places in units of 16 bytes), B of 64 features [64][ranks], S f32 [planes][rows][ranks].
 #pragma once
 #include <cstdint>
 
@@ -19,6 +18,7 @@ constexpr uint32_t kShrinkPitch = 20;
 constexpr uint32_t kShrinkPartial = 4 * kShrinkRows * kShrinkPitch;  // f32 in shared memory
 constexpr uint32_t kUnitsOfStage = 15;
 constexpr uint32_t kStageHeader = 16;  // in units of 16 bytes
+constexpr uint32_t kBytesBeforeLora = 512 * 1024;  // of weights that a block multiplies while chunks are shrunk
 
 __device__ __forceinline__ const AdapterEntry& down_entry(const DecodeDownParams& p, const Segment& chunk) {
     return reinterpret_cast<const AdapterEntry*>(
@@ -55,7 +55,7 @@ __device__ __forceinline__ void shrink_block(const DecodeDownParams& p, const T*
     }
 }
 
-// A warpgroup of every block: its share of all chunks, then one count.
+// Its share of all chunks, then one count.
 template <class T>
 __device__ __forceinline__ void shrink_chunks(const DecodeDownParams& p, uint32_t num_chunks, float* partial) {
     const uint32_t lane = threadIdx.x % 32, thread = threadIdx.x % kShrinkThreads;
@@ -117,83 +117,138 @@ __device__ __forceinline__ void shrink_chunks(const DecodeDownParams& p, uint32_
     if (thread == 0) counter_add(&reinterpret_cast<RouteCounts*>(p.counts)->claimed[1], 1);
 }
 
-// The chunks of one block of a cluster.
-__device__ __forceinline__ uint32_t chunks_of(const DecodeDownParams& p, uint32_t num_chunks, uint32_t rank) {
-    return num_chunks > rank ? (num_chunks - rank - 1) / p.cluster + 1 : 0;
-}
+// What the warpgroups that multiply take turns at: all tiles, and among the last ones, after every second, a group of chunks. The
+// first half of the tiles comes before, and what takes about as long as the shrinking.
+struct Turns {
+    uint32_t tiles, chunks, groups, before, count;
 
-// The token threads, once the weights' tokens are on their way.
-template <class T>
-__device__ __forceinline__ void bring_lora(const DecodeDownParams& p, Stream& stream, uint32_t num_chunks, uint32_t rank,
-                                           uint32_t first_feature) {
-    const uint32_t mine = chunks_of(p, num_chunks, rank), lane = threadIdx.x % 32, thread = threadIdx.x - kStreamConsumers;
-    if (mine == 0) return;
-    if (lane == 0) {
-        Watchdog watchdog;
-        while (counter_read(&reinterpret_cast<RouteCounts*>(p.counts)->claimed[1]) < gridDim.x) watchdog.turn();
+    __device__ __forceinline__ Turns(const DecodeDownParams& p, uint32_t tiles, uint32_t num_chunks, uint32_t rank, uint32_t tile_bytes)
+        : tiles(tiles), chunks(num_chunks > rank ? (num_chunks - rank - 1) / p.cluster + 1 : 0) {
+        const uint32_t alone = min(tiles, max(tiles / 2, kBytesBeforeLora / tile_bytes));
+        groups = min(max((tiles - alone) / 2, 1u), chunks);
+        before = groups > 0 ? tiles - 2 * (groups - 1) : tiles;
+        count = tiles + groups;
     }
-    __syncwarp();
-    const uint32_t features = min(kStreamRows, p.hidden_size - first_feature);
-    const uint32_t room = stream.slot_bytes / 16;
-    uint32_t units = 0, used = kStageHeader;
-    const auto flush = [&](bool last) {
-        if (units == 0) stream.wait_empty();
-        const uint32_t full = stream.full + 8 * stream.stage;
-        cp_async_arrive(full);
-        if (thread == 0) {
-            store_shared16(stream.weights(), uint4{units, last, 0, 0});
-            mbarrier_arrive(full);  // in place of the weights' copies
+    __device__ __forceinline__ bool is_group(uint32_t turn) const { return turn >= before && (turn - before) % 3 == 0 && groups > 0; }
+    __device__ __forceinline__ uint32_t tile(uint32_t turn) const {
+        return turn < before ? turn : before + (turn - before) / 3 * 2 + (turn - before) % 3 - 1;
+    }
+    __device__ __forceinline__ uint32_t end_of_group(uint32_t group) const { return (group + 1) * chunks / groups; }
+};
+
+struct LoraRing {
+    uint32_t base, full, empty;  // shared addresses; stream_barrier_bytes from `full` on
+    uint32_t stages, bytes;
+    uint32_t stage = 0, phase = 0;
+
+    // One thread.
+    __device__ __forceinline__ void init() const {
+        for (uint32_t i = 0; i < stages; ++i) {
+            mbarrier_init(full + 8 * i, 1 + kShrinkThreads);
+            mbarrier_init(empty + 8 * i, 4);
         }
-        stream.next();
+        store_shared4(empty + 8 * stages, 0);
+    }
+    __device__ __forceinline__ uint32_t at() const { return base + stage * bytes; }
+    __device__ __forceinline__ void wait_full() const { mbarrier_wait(full + 8 * stage, phase); }
+    __device__ __forceinline__ void wait_empty() const { mbarrier_wait(empty + 8 * stage, phase ^ 1); }
+    __device__ __forceinline__ void next() {
+        if (++stage == stages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+    // Where the group before has ended; part of a turn.
+    __device__ __forceinline__ void resume() {
+        const uint32_t position = load_shared4(empty + 8 * stages);
+        stage = position & 0xffff;
+        phase = position >> 16;
+    }
+    __device__ __forceinline__ void leave() const {
+        if (threadIdx.x % 128 == 0) store_shared4(empty + 8 * stages, stage | phase << 16);
+    }
+};
+
+// The shrinking warpgroup, afterwards.
+template <class T>
+__device__ __forceinline__ void bring_lora(const DecodeDownParams& p, LoraRing ring, const Turns& turns, uint32_t rank,
+                                           uint32_t first_feature) {
+    if (turns.chunks == 0) return;
+    const uint32_t lane = threadIdx.x % 32, thread = threadIdx.x % kShrinkThreads;
+    const uint32_t features = min(kStreamRows, p.hidden_size - first_feature), room = ring.bytes / 16;
+    uint32_t units = 0, used = kStageHeader, group = 0;
+    const auto flush = [&](bool last) {
+        if (units == 0) ring.wait_empty();
+        cp_async_arrive(ring.full + 8 * ring.stage);
+        if (thread == 0) {
+            store_shared16(ring.at(), uint4{units, last, 0, 0});
+            mbarrier_arrive(ring.full + 8 * ring.stage);
+        }
+        ring.next();
         units = 0;
         used = kStageHeader;
     };
+    Segment chunk{0, 0, 0, 0};
+    AdapterEntry entry{0, 0, 0, 0.0f};
+    bool ready = false;
 #pragma unroll 1
-    for (uint32_t base = 0; base < mine; base += 32) {
-        Segment chunk{0, 0, 0, 0};
-        AdapterEntry entry{0, 0, 0, 0.0f};
-        if (base + lane < mine) {
-            chunk = reinterpret_cast<const Segment*>(p.chunks)[(base + lane) * p.cluster + rank];
-            entry = down_entry(p, chunk);
-        }
-#pragma unroll 1
-        for (uint32_t i = 0; i < min(32u, mine - base); ++i) {
-            const uint32_t ranks = (__shfl_sync(0xffffffffu, entry.rank, i) + 7) / 8 * 8;
-            const uint32_t slot = __shfl_sync(0xffffffffu, chunk.slot, i);
-            const float scale = __shfl_sync(0xffffffffu, entry.scale, i);
-            const char* b = reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, entry.b, i));
-            uint32_t row = __shfl_sync(0xffffffffu, chunk.first_row, i);
-            const uint32_t end = __shfl_sync(0xffffffffu, chunk.end_row, i);
-            if (ranks == 0) continue;
-            const uint32_t of_b = kStreamRows * ranks / 8, of_row = p.planes * ranks / 4;
-            while (row < end) {
-                const uint32_t fit = room > used + of_b ? (room - used - of_b) / of_row : 0;
-                if (units > 0 && (fit < end - row || units == kUnitsOfStage)) {
-                    flush(false);
-                    continue;
-                }
-                if (units == 0) stream.wait_empty();
-                const uint32_t rows = min(fit, end - row), to = stream.weights() + used * 16;
-                for (uint32_t at = thread; at < of_b; at += kStreamTokenThreads) {
-                    const bool inside = at * 8 < features * ranks;
-                    cp_async(to + at * 16, b + (inside ? static_cast<size_t>(first_feature) * ranks * 2 + at * 16 : 0), inside);
-                }
-                for (uint32_t at = thread; at < rows * of_row; at += kStreamTokenThreads) {
-                    const uint32_t of_rank = at % (ranks / 4), plane_row = at / (ranks / 4);
-                    const size_t from = static_cast<size_t>(plane_row / rows) * p.num_tokens * p.top_k + row + plane_row % rows;
-                    cp_async(to + (of_b + at) * 16, reinterpret_cast<const float*>(p.shrunk) + from * p.max_rank + of_rank * 4, true);
-                }
-                if (thread == 0) {
-                    store_shared16(stream.weights() + (1 + units) * 16, uint4{row, rows | (slot & 1) << 15 | ranks << 16,
-                                                                             __float_as_uint(scale), used | (used + of_b) << 16});
-                }
-                units += 1;
-                used += of_b + rows * of_row;
-                row += rows;
+    for (uint32_t index = 0; index < turns.chunks; ++index) {
+        if (index % 32 == 0) {
+            entry.rank = 0;
+            if (index + lane < turns.chunks) {
+                chunk = reinterpret_cast<const Segment*>(p.chunks)[(index + lane) * p.cluster + rank];
+                entry = down_entry(p, chunk);
+            }
+            const uint32_t bytes = (entry.rank + 7) / 8 * 8 * sizeof(T);
+            if (bytes > 0 && thread < 32) {
+                bulk_prefetch_l2(reinterpret_cast<const char*>(entry.b) + static_cast<size_t>(first_feature) * bytes, features * bytes);
             }
         }
+        if (!ready) {
+            if (lane == 0) {
+                Watchdog watchdog;
+                while (counter_read(&reinterpret_cast<RouteCounts*>(p.counts)->claimed[1]) < gridDim.x) watchdog.turn();
+            }
+            __syncwarp();
+            ready = true;
+        }
+        const uint32_t from = index % 32, ranks = (__shfl_sync(0xffffffffu, entry.rank, from) + 7) / 8 * 8;
+        const float scale = __shfl_sync(0xffffffffu, entry.scale, from);
+        const char* b = reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, entry.b, from)) +
+                        static_cast<size_t>(first_feature) * ranks * sizeof(T);
+        uint32_t row = __shfl_sync(0xffffffffu, chunk.first_row, from);
+        const uint32_t end = ranks > 0 ? __shfl_sync(0xffffffffu, chunk.end_row, from) : row;
+        const uint32_t of_b = kStreamRows * ranks / 8, of_row = p.planes * ranks / 4;
+        while (row < end) {
+            const uint32_t fit = room > used + of_b ? (room - used - of_b) / of_row : 0;
+            if (units > 0 && (fit < end - row || units == kUnitsOfStage)) {
+                flush(false);
+                continue;
+            }
+            if (units == 0) ring.wait_empty();
+            const uint32_t rows = min(fit, end - row), to = ring.at() + used * 16;
+            for (uint32_t at = thread; at < of_b; at += kShrinkThreads) {
+                const bool inside = at * 8 < features * ranks;
+                cp_async(to + at * 16, b + (inside ? at * 16 : 0), inside);
+            }
+            for (uint32_t at = thread; at < rows * of_row; at += kShrinkThreads) {
+                const uint32_t of_rank = at % (ranks / 4), plane_row = at / (ranks / 4);
+                const size_t s = static_cast<size_t>(plane_row / rows) * p.num_tokens * p.top_k + row + plane_row % rows;
+                cp_async(to + (of_b + at) * 16, reinterpret_cast<const float*>(p.shrunk) + s * p.max_rank + of_rank * 4, true);
+            }
+            if (thread == 0) {
+                store_shared16(ring.at() + (1 + units) * 16,
+                               uint4{row, rows | ranks << 16, __float_as_uint(scale), used | (used + of_b) << 16});
+            }
+            units += 1;
+            used += of_b + rows * of_row;
+            row += rows;
+        }
+        if (index + 1 == turns.end_of_group(group)) {
+            flush(true);
+            group += 1;
+        }
     }
-    flush(true);
 }
 
 // S of a row in two 16-bit numbers: pairs of ranks 0, 1 and 2, 3.
@@ -213,54 +268,62 @@ __device__ __forceinline__ void split(const float4& s, uint32_t (&high)[2], uint
     }
 }
 
-// The consumers, once all base products are in `sum`.
+// One chunk, or some of its rows, to `sum`: a warp does 16 features.
 template <class T>
-__device__ __forceinline__ void consume_lora(const DecodeDownParams& p, Stream& stream, uint32_t num_chunks, uint32_t rank,
-                                             const ExpertSum& sum) {
-    if (chunks_of(p, num_chunks, rank) == 0) return;
-    named_barrier(kBarrierConsumers, kStreamConsumers);
-    const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, group = threadIdx.x / 128;
-    const uint32_t feature = threadIdx.x / 32 % 4 * 16 + g;
-    const float no_bias[2] = {0.0f, 0.0f};
-    for (bool last = false; !last; stream.next()) {
-        stream.wait_full();
-        const uint32_t stage = stream.weights();
+__device__ __forceinline__ void add_unit(const DecodeDownParams& p, uint32_t stage, uint32_t unit, const ExpertSum& sum) {
+    const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, feature = threadIdx.x / 32 % 4 * 16 + g;
+    const uint4 record = load_shared16(stage + (1 + unit) * 16);
+    const uint32_t rows = record.y & 0xffff, ranks = record.y >> 16;
+    const float scale = __uint_as_float(record.z), no_bias[2] = {0.0f, 0.0f};
+    const uint32_t b = stage + (record.w & 0xffff) * 16 + feature * ranks * 2 + t * 8;
+    const uint32_t s = stage + (record.w >> 16) * 16 + t * 16;
+    const bool repeats = sum.repeats(record.x, rows);
+#pragma unroll 1
+    for (uint32_t row = 0; row < rows; row += 8) {
+        float value[4] = {};
+#pragma unroll 1
+        for (uint32_t first = 0; first < ranks; first += 16) {
+            const bool any = first + t * 4 < ranks;
+            const uint2 low_b = any ? load_shared8(b + first * 2) : uint2{0, 0};
+            const uint2 high_b = any ? load_shared8(b + (first + 8 * ranks) * 2) : uint2{0, 0};
+            float4 of_row{0.0f, 0.0f, 0.0f, 0.0f};
+            if (any && row + g < rows) {
+                for (uint32_t plane = 0; plane < p.planes; ++plane) {
+                    const uint4 bits = load_shared16(s + ((plane * rows + row + g) * ranks + first) * 4);
+                    of_row.x += __uint_as_float(bits.x), of_row.y += __uint_as_float(bits.y);
+                    of_row.z += __uint_as_float(bits.z), of_row.w += __uint_as_float(bits.w);
+                }
+                of_row.x *= scale, of_row.y *= scale, of_row.z *= scale, of_row.w *= scale;
+            }
+            uint32_t high[2], low[2];
+            split<T>(of_row, high, low);
+            mma<T>(value, low_b.x, high_b.x, low_b.y, high_b.y, high[0], high[1]);
+            mma<T>(value, low_b.x, high_b.x, low_b.y, high_b.y, low[0], low[1]);
+        }
+        sum.add(value, record.x, row, rows, feature, no_bias, repeats);
+    }
+    __syncwarp();  // the next one may have the same tokens
+}
+
+// A group of chunks, in a warpgroup's turn `turn`; `hand_over`: there is another turn.
+template <class T>
+__device__ __forceinline__ void consume_group(const DecodeDownParams& p, const Stream& stream, LoraRing& ring, uint32_t turn,
+                                              bool hand_over, const ExpertSum& sum) {
+    bool first = true;
+    ring.resume();
+    for (bool last = false; !last;) {
+        ring.wait_full();
+        const uint32_t stage = ring.at(), empty = ring.empty + 8 * ring.stage;
         const uint4 header = load_shared16(stage);
         last = header.y != 0;
-#pragma unroll 1
-        for (uint32_t unit = 0; unit < header.x; ++unit) {
-            const uint4 record = load_shared16(stage + (1 + unit) * 16);
-            const uint32_t rows = record.y & 0x7fff, ranks = record.y >> 16;
-            if ((record.y >> 15 & 1) != group) continue;
-            const float scale = __uint_as_float(record.z);
-            const uint32_t b = stage + (record.w & 0xffff) * 16 + feature * ranks * 2 + t * 8;
-            const uint32_t s = stage + (record.w >> 16) * 16 + t * 16;
-            const bool repeats = sum.repeats(record.x, rows);
-            for (uint32_t row = 0; row < rows; row += 8) {
-                float value[4] = {};
-                for (uint32_t first = 0; first < ranks; first += 16) {
-                    const bool any = first + t * 4 < ranks;
-                    const uint2 low_b = any ? load_shared8(b + first * 2) : uint2{0, 0};
-                    const uint2 high_b = any ? load_shared8(b + (first + 8 * ranks) * 2) : uint2{0, 0};
-                    float4 of_row{0.0f, 0.0f, 0.0f, 0.0f};
-                    if (any && row + g < rows) {
-                        for (uint32_t plane = 0; plane < p.planes; ++plane) {
-                            const uint4 bits = load_shared16(s + ((plane * rows + row + g) * ranks + first) * 4);
-                            of_row.x += __uint_as_float(bits.x), of_row.y += __uint_as_float(bits.y);
-                            of_row.z += __uint_as_float(bits.z), of_row.w += __uint_as_float(bits.w);
-                        }
-                        of_row.x *= scale, of_row.y *= scale, of_row.z *= scale, of_row.w *= scale;
-                    }
-                    uint32_t high[2], low[2];
-                    split<T>(of_row, high, low);
-                    mma<T>(value, low_b.x, high_b.x, low_b.y, high_b.y, high[0], high[1]);
-                    mma<T>(value, low_b.x, high_b.x, low_b.y, high_b.y, low[0], low[1]);
-                }
-                sum.add(value, record.x, row, rows, feature, no_bias, repeats);
-            }
-            __syncwarp();
+        ring.next();
+        if (last) {
+            ring.leave();
+            if (hand_over) stream.pass_turn();
         }
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(stream.empty + 8 * stream.stage);
+        if (first && turn > 0) named_barrier(kBarrierAccumulate + threadIdx.x / 128, kStreamConsumers);
+        first = false;
+        for (uint32_t unit = 0; unit < header.x; ++unit) add_unit<T>(p, stage, unit, sum);
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
     }
 }

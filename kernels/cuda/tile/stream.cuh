@@ -27,8 +27,11 @@ constexpr uint32_t kBarrierAccumulate = 4;  // + warpgroup: its turn to add up
 constexpr uint32_t kBarrierGroup = 6;       // + warpgroup: its own
 constexpr uint32_t kBarrierShrink = 8;
 
+// Two barriers a stage, and where the consumers are.
+__host__ __device__ constexpr uint32_t stream_barrier_bytes(uint32_t stages) { return 16 * stages + 16; }
+
 struct Stream {
-    uint32_t base, full, empty;  // shared addresses
+    uint32_t base, full, empty;  // shared addresses; stream_barrier_bytes from `full` on
     uint32_t stages, stage_tiles, tile_rows, slot_bytes;
     uint32_t stage = 0, phase = 0;
 
@@ -55,10 +58,17 @@ struct Stream {
             phase ^= 1;
         }
     }
-    __device__ __forceinline__ void skip(uint32_t steps) {
-        const uint32_t at = stage + steps, turns = at / stages;
-        stage = at - turns * stages;
-        phase ^= turns & 1;
+    // A warpgroup's turn: it goes on where the other one has stopped to wait. `first`: nobody was before.
+    __device__ __forceinline__ void take_turn(bool first) {
+        if (first) return;
+        named_barrier(kBarrierTurn + threadIdx.x / 128, kStreamConsumers);
+        const uint32_t position = load_shared4(empty + 8 * stages);
+        stage = position & 0xffff;
+        phase = position >> 16;
+    }
+    __device__ __forceinline__ void pass_turn() const {
+        if (threadIdx.x % 128 == 0) store_shared4(empty + 8 * stages, stage | phase << 16);
+        named_barrier_arrive(kBarrierTurn + (threadIdx.x / 128 ^ 1), kStreamConsumers);
     }
 };
 
@@ -99,7 +109,6 @@ struct TokenRows {
 template <class T, int kColumns>
 __device__ __forceinline__ void stream_product(float (&sum)[kColumns / 8][4], Stream& stream, uint32_t steps,
                                                bool hand_over) {
-    const uint32_t group = threadIdx.x / 128;
     uint32_t previous = ~0u;
 #pragma unroll 1
     for (uint32_t step = 0; step < steps; ++step) {
@@ -120,7 +129,7 @@ __device__ __forceinline__ void stream_product(float (&sum)[kColumns / 8][4], St
         previous = stream.stage;
         stream.next();
     }
-    if (hand_over) named_barrier_arrive(kBarrierTurn + (group ^ 1), kStreamConsumers);
+    if (hand_over) stream.pass_turn();
     wgmma_wait<0>();
     if (previous != ~0u && threadIdx.x % 32 == 0) mbarrier_arrive_twice(stream.empty + 8 * previous);
 }
