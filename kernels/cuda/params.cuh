@@ -95,7 +95,7 @@ struct AlignParams {
 static_assert(sizeof(AlignParams) == 136, "AlignParams");
 
 // s = scale * A x for every row of every LoRA chunk. A value of `shrunk` is two numbers of the activation's format whose sum
-// it is; of four neighbouring ranks the four first numbers come first, then the four second ones.
+// it is; of four (or eight) neighbouring ranks the first numbers come first, then the second ones.
 struct ShrinkParams {
     uint64_t input;     // [*, K]
     uint64_t row_pair;  // u32 [rows]: input row = row_pair / top_k; 0: input row = row
@@ -110,7 +110,7 @@ struct ShrinkParams {
     uint32_t num_projections;   // 2 or 1
     uint32_t max_rank;          // multiple of 8; projection p starts at column p * max_rank
     uint32_t shrunk_stride;
-    uint32_t reserved;
+    uint32_t octets;            // 1: of eight neighbouring ranks the eight first numbers come first, as the prefill kernels read them
 };
 static_assert(sizeof(ShrinkParams) == 80, "ShrinkParams");
 

@@ -106,11 +106,12 @@ __device__ __forceinline__ void shrink(const ShrinkParams& p, const Segment& chu
         const bool second = group >= ranks.groups[0];
         const uint32_t rank = (second ? group - ranks.groups[0] : group) * 8 + column % 8;
         const float value = total * (second ? ranks.entry[1].scale : ranks.entry[0].scale);
-        const size_t at = static_cast<size_t>(row) * p.shrunk_stride + (second ? p.max_rank : 0) + rank / 4 * 4;
-        T* shrunk = reinterpret_cast<T*>(p.shrunk) + at * 2 + rank % 4;
+        const uint32_t together = p.octets ? 8 : 4;
+        const size_t at = static_cast<size_t>(row) * p.shrunk_stride + (second ? p.max_rank : 0) + rank / together * together;
+        T* shrunk = reinterpret_cast<T*>(p.shrunk) + at * 2 + rank % together;
         const T first = narrow<T>(value);
         shrunk[0] = first;
-        shrunk[4] = narrow<T>(value - widen(first));
+        shrunk[together] = narrow<T>(value - widen(first));
     }
     __syncthreads();
 }

@@ -155,8 +155,8 @@ params!(
         max_rank: u32,
         /// Numbers from row to row of `shrunk`, a multiple of 8.
         shrunk_stride: u32,
-        /// Zero.
-        reserved: u32,
+        /// 1: of eight neighbouring ranks the eight first numbers come first, as the prefill kernels read them; 0: of four.
+        octets: u32,
     }
 );
 

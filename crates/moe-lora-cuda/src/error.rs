@@ -76,8 +76,9 @@ pub enum GpuError {
 }
 
 impl GpuError {
-    /// Describes a driver's error. Only after [`gate`](crate::probe::gate) has passed, as the name comes from the driver.
-    pub(crate) fn driver(what: &'static str, error: DriverError) -> Self {
+    /// Describes a driver's error. Only once a GPU was opened or listed, as the name comes from the driver.
+    #[must_use]
+    pub fn driver(what: &'static str, error: DriverError) -> Self {
         let code = error.0 as u32;
         let name = error.error_name().map_or_else(|_| "unknown".to_owned(), |n| n.to_string_lossy().into_owned());
         Self::Driver { what, code, name }

@@ -20,6 +20,13 @@ impl PartialEq for Stream {
 
 impl Eq for Stream {}
 
+impl From<Arc<CudaStream>> for Stream {
+    /// A stream that the caller has from cudarc.
+    fn from(inner: Arc<CudaStream>) -> Self {
+        Self { inner }
+    }
+}
+
 /// A point in a stream.
 #[derive(Debug)]
 pub struct Event {
@@ -76,6 +83,20 @@ impl Stream {
         unsafe { result::memcpy_htod_async(address, values, self.raw()) }
             .map_err(|e| GpuError::driver("copying to the GPU", e))?;
         self.synchronize()
+    }
+
+    /// Copies `values` to a device address in stream order, and returns when they have been read.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    ///
+    /// # Safety
+    /// They must fit into GPU memory there that stays allocated, and that nobody else uses, until the stream has done it.
+    pub unsafe fn upload_address<T: NoUninit>(&self, address: u64, values: &[T]) -> Result<(), GpuError> {
+        self.bind()?;
+        // SAFETY: the caller's promise; the driver keeps its own copy of memory that is not page-locked.
+        unsafe { result::memcpy_htod_async(address, values, self.raw()) }
+            .map_err(|e| GpuError::driver("copying to the GPU", e))
     }
 
     /// Copies from byte `offset` of `from` into `values` and waits for it.
@@ -224,7 +245,7 @@ impl Stream {
     ///
     /// # Errors
     /// What `work` returned, or why it cannot be captured.
-    pub fn capture(&self, work: impl FnOnce() -> Result<(), GpuError>) -> Result<Graph, GpuError> {
+    pub fn capture<E: From<GpuError>>(&self, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.inner.begin_capture(mode).map_err(|e| GpuError::driver("cuStreamBeginCapture", e))?;
         let done = work();
@@ -263,6 +284,15 @@ impl Event {
     pub fn microseconds_to(&self, end: &Self) -> Result<f64, GpuError> {
         let milliseconds = self.inner.elapsed_ms(&end.inner).map_err(|e| GpuError::driver("cuEventElapsedTime", e))?;
         Ok(f64::from(milliseconds) * 1e3)
+    }
+}
+
+// SAFETY: a graph may be used by any thread, by one at a time.
+unsafe impl Send for Graph {}
+
+impl std::fmt::Debug for Graph {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Graph").finish_non_exhaustive()
     }
 }
 

@@ -12,14 +12,14 @@ use std::sync::Mutex;
 /// One MoE layer whose tokens each name their own adapter, or none.
 #[derive(Debug)]
 pub struct FusedMoEWithLoRA {
-    index: usize,
+    pub(crate) index: usize,
     weights: LayerWeights,
     router: Option<RouterWeights>,
     router_config: RouterConfig,
-    pool: AdapterPool,
+    pub(crate) pool: AdapterPool,
     /// Kept from call to call for its memory.
     topk: Mutex<TopK>,
-    stages: Stages,
+    pub(crate) stages: Stages,
 }
 
 impl FusedMoEWithLoRA {

@@ -23,10 +23,14 @@
 //! ```
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod layer;
 mod stages;
 
+#[cfg(feature = "cuda")]
+pub use cuda::LayerGraph;
 pub use error::LayerError;
 pub use layer::FusedMoEWithLoRA;
 

@@ -16,7 +16,7 @@ pub(crate) enum Stages {
     Cpu(Arc<Mutex<MoeRunner>>),
     #[cfg(feature = "cuda")]
     Cuda {
-        weights: CudaWeights,
+        weights: Arc<CudaWeights>,
         runner: Arc<Mutex<CudaRunner>>,
     },
 }
@@ -36,7 +36,7 @@ impl Stages {
                 return Err(InputError::new(format!("a pool in {found}"), format!("one in {want}")).into());
             }
             let runner = CudaRunner::new(gpu, weights.shape(), limits)?;
-            let weights = CudaWeights::upload(gpu, weights)?;
+            let weights = Arc::new(CudaWeights::upload(gpu, weights)?);
             return Ok(Self::Cuda { weights, runner: Arc::new(Mutex::new(runner)) });
         }
         let _ = (device, adapters);
@@ -61,6 +61,15 @@ impl Stages {
             Self::Cpu(runner) => lock(runner).workspace_bytes(),
             #[cfg(feature = "cuda")]
             Self::Cuda { runner, .. } => lock(runner).workspace_bytes(),
+        }
+    }
+
+    /// Weights and runner on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda(&self) -> Result<(&Arc<CudaWeights>, &Arc<Mutex<CudaRunner>>), InputError> {
+        match self {
+            Self::Cpu(_) => Err(InputError::new("a layer on the CPU", "one on a GPU")),
+            Self::Cuda { weights, runner } => Ok((weights, runner)),
         }
     }
 

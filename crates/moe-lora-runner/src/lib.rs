@@ -41,7 +41,7 @@ mod runner;
 
 pub use batch::{Batch, Limits};
 #[cfg(feature = "cuda")]
-pub use cuda::{CudaRunner, CudaWeights, raw};
+pub use cuda::{CapturedForward, CudaRunner, CudaWeights, raw, slices};
 pub use device::{Backend, Device};
 pub use error::RunnerError;
 pub use moe_lora_gemm::cpu::Kernel;

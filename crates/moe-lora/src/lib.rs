@@ -30,12 +30,14 @@ pub use moe_lora_core::{
     ExpertWeights, InputError, LayerShape, LayerWeights, Lora, Matrix, ModelShape, Projection, RouterConfig,
     RouterWeightPlacement, RouterWeights, Routing, TokenAdapters, TopK,
 };
+#[cfg(feature = "cuda")]
+pub use moe_lora_layer::LayerGraph;
 pub use moe_lora_layer::{FusedMoEWithLoRA, LayerError};
 pub use moe_lora_model::{Checkpoint, ModelError};
 pub use moe_lora_pool::{AdapterPool, Lease, PoolConfig, PoolError};
 pub use moe_lora_runner::{Batch, Device, Limits, MoeRunner, RunnerError};
 #[cfg(feature = "cuda")]
-pub use moe_lora_runner::{CudaRunner, CudaWeights, raw};
+pub use moe_lora_runner::{CapturedForward, CudaRunner, CudaWeights, raw, slices};
 
 pub use moe_lora_adapter as adapter;
 pub use moe_lora_gemm as gemm;

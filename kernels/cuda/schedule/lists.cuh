@@ -28,7 +28,7 @@ struct Openings {
 };
 
 // height[e]: rows of a tile of expert e; first_tile[e]: how many tiles come before its first: those of experts with higher tiles,
-// or equal ones and a lower number. Returns the number of all. E * E / blockDim.x steps of a thread.
+// or equal ones and a lower number. Returns the number of all, in warps that have an expert. E * E / blockDim.x steps of a thread.
 __device__ __forceinline__ uint32_t place_tiles(uint32_t experts, const uint32_t* starts, uint32_t most, uint32_t* height,
                                                 uint32_t* first_tile) {
     uint32_t* packed = first_tile + experts;  // height and number of tiles
@@ -40,17 +40,17 @@ __device__ __forceinline__ uint32_t place_tiles(uint32_t experts, const uint32_t
     }
     __syncthreads();
     uint32_t total = 0;
-    for (uint32_t e = threadIdx.x; e < experts; e += blockDim.x) {
+    for (uint32_t e = threadIdx.x / 32; e < experts; e += blockDim.x / 32) {
         const uint32_t mine = packed[e] >> 22;
-        uint32_t before = 0;
-        total = 0;
-#pragma unroll 1
-        for (uint32_t other = 0; other < experts; ++other) {
+        uint32_t before = 0, all = 0;
+        for (uint32_t other = threadIdx.x % 32; other < experts; other += 32) {
             const uint32_t others = packed[other] >> 22, tiles = packed[other] & 0x3fffff;
-            total += tiles;
+            all += tiles;
             before += others > mine || (others == mine && other < e) ? tiles : 0;
         }
-        first_tile[e] = before;
+        total = __reduce_add_sync(kAllLanes, all);
+        before = __reduce_add_sync(kAllLanes, before);
+        if (threadIdx.x % 32 == 0) first_tile[e] = before;
     }
     __syncthreads();
     return total;

@@ -7,9 +7,9 @@
 // Narrow tiles need more stages to hide the latency of memory, and as their stages are smaller they get them: 4 to 8.
 //
 // LoRA is more k: the ranks of a tile's segments follow the base product through the same ring, 32 to a stage, B where
-// weights lie and S where tokens lie, zeros in the tokens of other segments. S is a pair of 16-bit numbers (see params.cuh), so
-// four ranks take eight columns: S as it is, B twice. A stage is multiplied only with those halves of the tile that have
-// tokens in its segments.
+// weights lie and S where tokens lie, zeros in the tokens of other segments. S is a pair of 16-bit numbers (see params.cuh),
+// the first in columns 0 to 31 and the second in 32 to 63, and B is multiplied with both. A stage is multiplied only with
+// those halves of the tile that have tokens in its segments.
 #pragma once
 #include <cstdint>
 
@@ -118,11 +118,7 @@ __device__ __forceinline__ uint32_t load_shared1(uint32_t at) {
 __device__ __forceinline__ void cp_async_sized(uint32_t shared, const void* global, uint32_t bytes) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void cp_async8_sized(uint32_t shared, const void* global, uint32_t bytes) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
-}
-
-// A stage of LoRA in one word: steps of 16 columns, halves of the tile, whether it is the tile's last stage.
+// A stage of LoRA in one word: steps of 16 ranks, halves of the tile, whether it is the tile's last stage.
 __device__ __forceinline__ uint32_t lora_word(uint32_t steps, uint32_t halves, bool last) {
     return steps | halves << 4 | (last ? 256u : 0u);
 }
@@ -130,9 +126,9 @@ __device__ __forceinline__ uint32_t lora_word(uint32_t steps, uint32_t halves, b
 // The segments of a tile, a lane each, up to 32 at a time.
 struct LanePart {
     uint64_t b[2];
-    uint32_t quads[2];  // groups of four ranks
-    uint32_t rows;      // first | end << 16, in the tile
-    uint32_t end_quad;  // of this and all parts before
+    uint32_t octets[2];  // groups of eight ranks
+    uint32_t rows;       // first | end << 16, in the tile
+    uint32_t end;        // octets of this and all parts before
 };
 
 // Problem: depth, token_row(row), tokens, load_weights(...), features, kProjections, kFirstProjection, and the fields of LoRA.
@@ -202,50 +198,49 @@ struct Producer {
 #pragma unroll
             for (int i = 0; i < Problem::kProjections; ++i) {
                 part.b[i] = entry[i].b;
-                part.quads[i] = (entry[i].rank + 7) / 8 * 2;
+                part.octets[i] = (entry[i].rank + 7) / 8;
             }
             const uint32_t first = max(segment.first_row, job.first_row) - job.first_row;
             part.rows = first | (min(segment.end_row - job.first_row, job.num_rows) << 16);
         }
-        part.end_quad = part.quads[0] + part.quads[1];
+        part.end = part.octets[0] + part.octets[1];
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
-            const uint32_t before = __shfl_up_sync(~0u, part.end_quad, d);
-            if (threadIdx.x % 32 >= d) part.end_quad += before;
+            const uint32_t before = __shfl_up_sync(~0u, part.end, d);
+            if (threadIdx.x % 32 >= d) part.end += before;
         }
         return in_tile;
     }
 
-    // Columns [8 * chunk, 8 * chunk + 8) of a stage are quad `quad` of all.
-    __device__ __forceinline__ void lora_stage(const LanePart& mine, const TileJob& job, uint32_t quad, uint32_t total,
+    // Ranks [8 i, 8 i + 8) of a stage are octet `octet` of all, i = chunk % 4; chunks 0 to 3 of a token are the first numbers of S.
+    __device__ __forceinline__ void lora_stage(const LanePart& mine, const TileJob& job, uint32_t octet, uint32_t total,
                                                uint32_t& index, bool last) {
-        const bool exists = quad < total;
-        const uint32_t wanted = exists ? quad : total - 1;
+        const bool exists = octet < total;
+        const uint32_t wanted = exists ? octet : total - 1;
         while (true) {
-            const bool behind = total != 0 && wanted >= __shfl_sync(~0u, mine.end_quad, index);
+            const bool behind = total != 0 && wanted >= __shfl_sync(~0u, mine.end, index);
             if (!__any_sync(~0u, behind)) break;
             index += behind;
         }
-        const uint32_t first_of_up = __shfl_sync(~0u, mine.quads[0], index);
-        const uint32_t quads_of_up = __shfl_sync(~0u, mine.quads[1], index);
-        const uint32_t end_quad = __shfl_sync(~0u, mine.end_quad, index);
+        const uint32_t octets = __shfl_sync(~0u, mine.octets[0], index), octets_of_up = __shfl_sync(~0u, mine.octets[1], index);
         const uint32_t rows = __shfl_sync(~0u, mine.rows, index);
+        uint32_t local = wanted - (__shfl_sync(~0u, mine.end, index) - octets - octets_of_up);
         uint64_t b = __shfl_sync(~0u, mine.b[0], index);
-        uint32_t local = wanted - (end_quad - first_of_up - quads_of_up);
-        const uint32_t projection = Problem::kProjections == 2 && local >= first_of_up;
+        const uint32_t projection = Problem::kProjections == 2 && local >= octets;
         if (Problem::kProjections == 2) {
             const uint64_t other = __shfl_sync(~0u, mine.b[1], index);
             b = projection ? other : b;
-            local -= projection ? first_of_up : 0;
+            local -= projection ? octets : 0;
         }
-        const uint32_t rank8 = 4 * (projection ? quads_of_up : first_of_up);
-        const uint32_t first = rows & 0xffff, end = rows >> 16;
+        const uint32_t rank8 = 8 * (projection ? octets_of_up : octets);
+        const uint32_t first = exists ? rows & 0xffff : 0, end = exists ? rows >> 16 : 0;  // no row: zeros
         const uint32_t half = half_width(job.num_rows), width = tile_halves(job.num_rows) * half;
         const uint32_t halves = __reduce_or_sync(~0u, exists ? (first < half ? 1u : 0u) | (end > half ? 2u : 0u) : 0u);
+        const uint32_t here = min(4u, total - min(total, octet - chunk % 4)), steps = (here + 1) / 2;
 
         at.acquire(ring);
-        if (exists) {
-            const uint32_t* s = reinterpret_cast<const uint32_t*>(p.shrunk()) + projection * p.max_rank() + local * 4;
+        if (chunk % 4 < 2 * steps) {
+            const uint32_t* s = reinterpret_cast<const uint32_t*>(p.shrunk()) + projection * p.max_rank() + local * 8 + chunk / 4 * 4;
             const uint32_t to = at.tokens(ring) + write;
 #pragma unroll
             for (int i = 0; i < 16; ++i) {
@@ -256,20 +251,19 @@ struct Producer {
                 cp_async_sized(to + i * 16 * kTileRowBytes,
                                s + static_cast<size_t>(job.first_row + row) * p.shrunk_stride(), bytes);
             }
-            const T* from = reinterpret_cast<const T*>(b) + local * 4;
-            const uint32_t left = at.weights(ring) + write;
+            // The threads of chunks 4 to 7 take every other row of B.
+            const T* from = reinterpret_cast<const T*>(b) + local * 8;
+            const uint32_t left = at.weights(ring) + swizzled(row0, chunk % 4);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const uint32_t feature = job.first_feature + (Problem::kProjections == 2 ? 8 * i + row0 % 8 : row0 + 16 * i);
-                const bool valid = feature < p.features() && (Problem::kProjections == 1 || row0 / 8 == projection);
-                const T* row = from + static_cast<size_t>(feature) * rank8;
-                cp_async8_sized(left + i * 16 * kTileRowBytes, row, valid ? 8 : 0);
-                cp_async8_sized(left + i * 16 * kTileRowBytes + 8, row, valid ? 8 : 0);
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t group = 2 * i + chunk / 4;  // of 16 rows
+                const uint32_t feature = job.first_feature + (Problem::kProjections == 2 ? 8 * group + row0 % 8 : row0 + 16 * group);
+                const bool valid = exists && feature < p.features() && (Problem::kProjections == 1 || row0 / 8 == projection);
+                cp_async_sized(left + group * 16 * kTileRowBytes, from + static_cast<size_t>(feature) * rank8, valid ? 16 : 0);
             }
         }
         if (thread == 0) {
-            const uint32_t quads = min(8u, total - min(total, quad));
-            store_shared1(ring.lora + 4 * at.index(), lora_word((quads + 1) / 2, halves, last));
+            store_shared1(ring.lora + 4 * at.index(), lora_word(steps, halves, last));
             mbarrier_arrive(at.full(ring));
         }
         cp_async_arrive(at.full(ring));
@@ -283,12 +277,12 @@ struct Producer {
             const bool in_tile = part(mine, job, first_segment + lane, num_segments);
             first_segment += 32;
             more = __all_sync(~0u, in_tile);
-            const uint32_t total = __shfl_sync(~0u, mine.end_quad, 31);
-            const uint32_t stages = max((total + 7) / 8, more ? 0u : 1u);
+            const uint32_t total = __shfl_sync(~0u, mine.end, 31);
+            const uint32_t stages = max((total + 3) / 4, more ? 0u : 1u);
             uint32_t index = 0;
 #pragma unroll 1
             for (uint32_t s = 0; s < stages; ++s) {
-                lora_stage(mine, job, s * 8 + chunk, total, index, !more && s + 1 == stages);
+                lora_stage(mine, job, s * 4 + chunk % 4, total, index, !more && s + 1 == stages);
             }
         }
     }
@@ -352,25 +346,11 @@ struct Producer {
     }
 };
 
-// The sums of one tile: sum[half], of a warpgroup's 64 weight rows.
+// The sums of one tile are sum[half], of a warpgroup's 64 weight rows. 16 of k:
 template <class T, int kWidth, bool kPair>
-__device__ __forceinline__ void multiply_stage(float (&sum)[2][64], uint64_t weights, uint64_t tokens, uint32_t steps,
-                                               uint32_t halves) {
-#pragma unroll
-    for (uint32_t k = 0; k < 4; ++k) {
-        if (k < steps) {
-#ifdef WIDE
-            if (kPair) {
-                Wgmma<T, 2 * kWidth>::mma(&sum[0][0], weights + 2 * k, tokens + 2 * k);
-                continue;
-            }
-#endif
-            if (!kPair || (halves & 1)) Wgmma<T, kWidth>::mma(sum[0], weights + 2 * k, tokens + 2 * k);
-            if (kPair && (halves & 2)) {
-                Wgmma<T, kWidth>::mma(sum[1], weights + 2 * k, tokens + kWidth * kTileRowBytes / 16 + 2 * k);
-            }
-        }
-    }
+__device__ __forceinline__ void multiply_step(float (&sum)[2][64], uint64_t weights, uint64_t tokens, uint32_t halves) {
+    if (!kPair || (halves & 1)) Wgmma<T, kWidth>::mma(sum[0], weights, tokens);
+    if (kPair && (halves & 2)) Wgmma<T, kWidth>::mma(sum[1], weights, tokens + kWidth * kTileRowBytes / 16);
 }
 
 template <class T, int kWidth, bool kPair>
@@ -390,7 +370,10 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[2][64], const Ring& r
 #pragma unroll 1
     for (uint32_t i = 0; i < steps; ++i) {
         at.wait_full(ring);
-        stage(i == 0, [&](uint64_t weights, uint64_t tokens) { multiply_stage<T, kWidth, kPair>(sum, weights, tokens, 4, 3); });
+        stage(i == 0, [&](uint64_t weights, uint64_t tokens) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) multiply_step<T, kWidth, kPair>(sum, weights + 2 * k, tokens + 2 * k, 3);
+        });
     }
 #pragma unroll 1
     for (bool more = lora; more;) {
@@ -398,7 +381,13 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[2][64], const Ring& r
         const uint32_t word = __shfl_sync(~0u, load_shared1(ring.lora + 4 * at.index()), 0);  // uniform: wgmma may not diverge
         more = (word & 256) == 0;
         stage(false, [&](uint64_t weights, uint64_t tokens) {
-            multiply_stage<T, kWidth, kPair>(sum, weights, tokens, word & 7, word >> 4 & 3);
+            const uint32_t steps = word & 7, halves = word >> 4 & 3;
+#pragma unroll
+            for (uint32_t k = 0; k < 2; ++k) {
+                if (k >= steps) continue;
+                multiply_step<T, kWidth, kPair>(sum, weights + 2 * k, tokens + 2 * k, halves);
+                multiply_step<T, kWidth, kPair>(sum, weights + 2 * k, tokens + 4 + 2 * k, halves);
+            }
         });
     }
     wgmma_wait<0>();

@@ -322,6 +322,7 @@ impl Layer {
             num_experts: s.experts as u32,
             max_rank: s.max_rank as u32,
             shrunk_stride: 2 * s.max_rank as u32,
+            octets: u32::from(self.path == Path::Prefill),
             ..Default::default()
         };
         let (activation, alpha, limit) = match self.activation {

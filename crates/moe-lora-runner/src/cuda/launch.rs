@@ -179,6 +179,7 @@ impl Call<'_> {
             num_experts: self.args.num_experts,
             max_rank: self.max_rank,
             shrunk_stride: 2 * self.max_rank,
+            octets: u32::from(self.prefill),
             ..Default::default()
         }
     }

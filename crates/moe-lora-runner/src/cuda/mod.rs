@@ -1,12 +1,15 @@
 //! The same layer on an NVIDIA GPU: one pipeline behind a raw door, and a safe door that uses it.
 
 mod decode;
+mod graph;
 mod launch;
 mod prefill;
 pub mod raw;
 mod runner;
+pub mod slices;
 mod weights;
 mod workspace;
 
+pub use graph::CapturedForward;
 pub use runner::CudaRunner;
 pub use weights::CudaWeights;

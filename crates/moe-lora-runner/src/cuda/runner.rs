@@ -1,24 +1,30 @@
 //! Batches through the GPU: checked, copied there, launched, copied back.
 
 use super::raw::{self, DTYPE_F32, ForwardArgs};
+use super::slices::{BatchSlices, CudaStream, CudaViewMut, Uses, check_formats};
 use super::weights::CudaWeights;
 use crate::{Batch, Limits, RunnerError};
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
 use moe_lora_core::{DType, Element, InputError, LayerShape};
-use moe_lora_cuda::{DeviceBuffer, Gpu, Layout, PinnedBuffer, Stream};
+use moe_lora_cuda::{DeviceBuffer, Event, Gpu, Layout, PinnedBuffer, Stream};
 use moe_lora_pool::DeviceTable;
+use std::sync::Arc;
 
 /// Runs layers of one shape on one GPU: [`MoeRunner`](crate::MoeRunner)'s other half.
 #[derive(Debug)]
 pub struct CudaRunner {
-    gpu: Gpu,
+    pub(super) gpu: Gpu,
+    /// What forwards from host memory run on.
     stream: Stream,
     shape: LayerShape,
-    limits: Limits,
-    /// The inputs and the output of a batch.
+    pub(super) limits: Limits,
+    /// The inputs and the output of a batch in host memory.
     tensors: DeviceBuffer,
-    workspace: DeviceBuffer,
+    /// Captured forwards hold it too.
+    pub(super) workspace: Arc<DeviceBuffer>,
+    /// The stream that used the workspace last, and when it is done; `None` if it is.
+    last: Option<(Stream, Event)>,
     /// What a batch's inputs are gathered in, so that one copy brings them all.
     inputs: PinnedBuffer,
 }
@@ -39,7 +45,8 @@ impl CudaRunner {
         Ok(Self {
             stream: gpu.stream()?,
             tensors: gpu.alloc(tensors.bytes)?,
-            workspace: gpu.alloc(workspace)?,
+            workspace: Arc::new(gpu.alloc(workspace)?),
+            last: None,
             inputs: gpu.alloc_pinned(tensors.inputs)?,
             gpu: gpu.clone(),
             shape: *shape,
@@ -80,6 +87,7 @@ impl CudaRunner {
         self.check(weights, batch.adapters)?;
         check_ids(batch, &self.shape)?;
         batch.adapters.wait_on(&self.stream)?;
+        self.begin(&self.stream)?;
         let (width, top_k, piece) = (self.shape.hidden_size, self.shape.top_k, self.limits.max_tokens);
         let tokens = batch.token_slots.chunks(piece);
         let hidden = batch.hidden.chunks(piece * width).zip(out.chunks_mut(piece * width));
@@ -87,8 +95,112 @@ impl CudaRunner {
         for ((token_slots, (hidden, out)), (topk_ids, topk_weights)) in tokens.zip(hidden).zip(routing) {
             let piece = Batch { hidden, topk_ids, topk_weights, token_slots, adapters: batch.adapters };
             self.piece(weights, &piece, out)?;
+            // The stream was waited for, and had waited for whoever came before.
+            self.last = None;
         }
         Ok(())
+    }
+
+    /// Gives one layer to `stream` on tensors that are in GPU memory; every value of `out` `[T, H]` is written. `X` is the
+    /// weights' format, `Y` that or f32. The adapters of all tokens are those of the table's lease, which may drop when this
+    /// returns. Ids that are no expert are skipped.
+    ///
+    /// # Errors
+    /// If lengths, ranks, formats or devices do not fit, or the GPU fails; `out` is unspecified then.
+    pub fn forward_on<X: Element, Y: Element>(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        weights: &CudaWeights,
+        batch: &BatchSlices<'_, X>,
+        adapters: &DeviceTable<'_>,
+        out: &mut CudaViewMut<'_, Y>,
+    ) -> Result<(), RunnerError> {
+        self.check(weights, adapters)?;
+        check_format::<X, Y>(weights)?;
+        let (gpu, own) = (self.gpu.clone(), Stream::from(Arc::clone(stream)));
+        let mut uses = Uses::new(&gpu, stream)?;
+        let mut whole = ForwardArgs { out_dtype: ForwardArgs::dtype_code(Y::DTYPE), ..Default::default() };
+        let (shape, slots) = (self.shape, adapters.token_slots());
+        let tokens = uses.batch(&mut whole, &shape, batch)?;
+        whole.out = uses.write("out", out, &[tokens, shape.hidden_size])?;
+        if tokens != slots.len() {
+            let found = format!("adapters for {} tokens", slots.len());
+            return Err(InputError::new(found, format!("for {tokens}")).in_tensor("adapters").into());
+        }
+        adapters.wait_on(&own)?;
+        self.begin(&own)?;
+        let launched = self.pieces_on(&own, weights, adapters, &whole, [size_of::<X>(), size_of::<Y>()]);
+        self.end(own)?;
+        launched
+    }
+
+    /// The pieces of a batch whose addresses are in `whole`, of numbers of `bytes` in and out.
+    fn pieces_on(
+        &self,
+        stream: &Stream,
+        weights: &CudaWeights,
+        adapters: &DeviceTable<'_>,
+        whole: &ForwardArgs,
+        bytes: [usize; 2],
+    ) -> Result<(), RunnerError> {
+        let LayerShape { top_k, hidden_size, .. } = self.shape;
+        for (n, slots) in adapters.token_slots().chunks(self.limits.max_tokens).enumerate() {
+            let first = n * self.limits.max_tokens;
+            let places = Tensors::new(slots.len(), top_k, hidden_size);
+            let token_slots = self.tensors.address() + places.token_slots as u64;
+            let at = |address: u64, width: usize, bytes: usize| address + (first * width * bytes) as u64;
+            let args = ForwardArgs {
+                stream: stream.handle(),
+                hidden: at(whole.hidden, hidden_size, bytes[0]),
+                topk_ids: at(whole.topk_ids, top_k, size_of::<i32>()),
+                topk_weights: at(whole.topk_weights, top_k, size_of::<f32>()),
+                token_slots,
+                out: at(whole.out, hidden_size, bytes[1]),
+                num_tokens: slots.len() as u32,
+                num_slots: if changes(slots, adapters)? { adapters.address().slots } else { 0 },
+                out_dtype: whole.out_dtype,
+                ..self.args(weights, adapters)
+            };
+            #[allow(unsafe_code, reason = "meets the raw door")]
+            // SAFETY: `forward_on` has measured the slices, and its guards order other uses behind this one; the slots' place
+            // is the runner's own, which `begin` and `end` keep to one stream at a time; the table's slots are leased, the
+            // stream has waited for them, and the lease records an event on the stream when it drops. Weights and runner free
+            // their memory only when the GPU is done.
+            unsafe {
+                stream.upload_address(token_slots, slots)?;
+                raw::forward(&self.gpu, &args)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `stream` wait for whoever used the workspace before.
+    pub(super) fn begin(&self, stream: &Stream) -> Result<(), RunnerError> {
+        match &self.last {
+            Some((other, done)) if other != stream => Ok(stream.wait(done)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// Marks the end of what was given to `stream`.
+    pub(super) fn end(&mut self, stream: Stream) -> Result<(), RunnerError> {
+        let done = stream.record(false)?;
+        self.last = Some((stream, done));
+        Ok(())
+    }
+
+    /// All that does not change from batch to batch. Weights and adapters must have passed [`check`](Self::check).
+    pub(super) fn args(&self, weights: &CudaWeights, adapters: &DeviceTable<'_>) -> ForwardArgs {
+        let table = adapters.address();
+        ForwardArgs {
+            adapters: table.entries,
+            slot_active: table.active,
+            num_slots: table.slots,
+            max_rank: self.limits.max_rank as u32,
+            workspace: self.workspace.address(),
+            workspace_bytes: self.workspace.bytes() as u64,
+            ..weights.args()
+        }
     }
 
     fn piece<X: Element, Y: Element>(
@@ -97,8 +209,6 @@ impl CudaRunner {
         batch: &Batch<'_, X, &DeviceTable<'_>>,
         out: &mut [Y],
     ) -> Result<(), RunnerError> {
-        let table = batch.adapters.address();
-        let num_slots = if changes(batch)? { table.slots } else { 0 };
         let tokens = Tensors::new(batch.token_slots.len(), self.shape.top_k, self.shape.hidden_size);
         let inputs = &mut self.inputs.as_mut_slice()[..tokens.inputs];
         write_hidden(&mut inputs[tokens.hidden..], batch.hidden, weights.dtype());
@@ -115,18 +225,13 @@ impl CudaRunner {
             topk_ids: at(tokens.topk_ids),
             topk_weights: at(tokens.topk_weights),
             token_slots: at(tokens.token_slots),
-            adapters: table.entries,
-            slot_active: table.active,
             out: at(tokens.out),
-            workspace: self.workspace.address(),
-            workspace_bytes: self.workspace.bytes() as u64,
             num_tokens: batch.token_slots.len() as u32,
-            num_slots,
-            max_rank: self.limits.max_rank as u32,
+            num_slots: if changes(batch.token_slots, batch.adapters)? { batch.adapters.address().slots } else { 0 },
             out_dtype: if out_f32 { DTYPE_F32 } else { ForwardArgs::dtype_code(weights.dtype()) },
-            ..weights.args()
+            ..self.args(weights, batch.adapters)
         };
-        #[allow(unsafe_code, reason = "the one place where the safe door meets the raw one")]
+        #[allow(unsafe_code, reason = "meets the raw door")]
         // SAFETY: tensors and workspace are this runner's own, filled above in the sizes and the format that `check` found
         // weights and adapters to have. Ids were checked by `check_ids`, slots by `changes`; the stream has waited for what
         // these slots of the table say, and weights and lease are borrowed until the download below has waited for it.
@@ -144,12 +249,16 @@ impl CudaRunner {
     }
 
     /// Weights and adapters must be on this GPU, for this layer, in one format.
-    fn check(&self, weights: &CudaWeights, adapters: &DeviceTable<'_>) -> Result<(), InputError> {
+    pub(super) fn check(&self, weights: &CudaWeights, adapters: &DeviceTable<'_>) -> Result<(), InputError> {
         let ordinal = self.gpu.info().ordinal;
         for (name, found) in [("layer weights", weights.ordinal), ("adapters", adapters.ordinal())] {
             if found != ordinal {
                 return Err(InputError::new(format!("cuda:{found}"), format!("cuda:{ordinal}")).in_tensor(name));
             }
+        }
+        if *weights.shape() != self.shape {
+            let (found, want) = (format!("{:?}", weights.shape()), format!("{:?}", self.shape));
+            return Err(InputError::new(found, want).in_tensor("layer weights"));
         }
         let (found, want) = ((adapters.shape(), adapters.dtype()), (weights.shape(), weights.dtype()));
         if found != want {
@@ -186,17 +295,26 @@ impl Tensors {
 }
 
 /// Whether an adapter of the batch changes this layer. All slots have to be leased: the table holds anything in others.
-fn changes<X>(batch: &Batch<'_, X, &DeviceTable<'_>>) -> Result<bool, InputError> {
-    let mut slots = batch.token_slots.to_vec();
+pub(super) fn changes(token_slots: &[i32], adapters: &DeviceTable<'_>) -> Result<bool, InputError> {
+    let mut slots = token_slots.to_vec();
     slots.sort_unstable();
     slots.dedup();
     let rank = |slot| match slot {
         -1 => Ok(0),
-        _ => batch.adapters.rank(slot).ok_or_else(|| {
+        _ => adapters.rank(slot).ok_or_else(|| {
             InputError::new(format!("slot {slot}"), "a slot of the table's lease, or -1").in_tensor("token_slots")
         }),
     };
     slots.into_iter().try_fold(false, |any, slot| Ok(rank(slot)? > 0 || any))
+}
+
+/// Hidden states on the GPU are of the weights' format, which nobody rounds them to there.
+pub(super) fn check_format<X: Element, Y: Element>(weights: &CudaWeights) -> Result<(), InputError> {
+    check_formats::<X, Y>()?;
+    if X::DTYPE != weights.dtype() {
+        return Err(InputError::new(X::DTYPE.to_string(), weights.dtype().to_string()).in_tensor("hidden"));
+    }
+    Ok(())
 }
 
 /// What the processor's align refuses too: the kernels would skip it and count.

@@ -19,4 +19,5 @@ pub use args::{
 };
 pub(super) use check::check_sizes;
 pub use entries::SlotBuffers;
+pub use moe_lora_cuda::{Gpu, GpuError};
 pub use moe_lora_kernels::{AdapterEntry, RouteCounts};
