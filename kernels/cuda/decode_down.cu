@@ -173,7 +173,9 @@ __device__ __forceinline__ void decode_down_kernel(const DecodeDownParams& p) {
     char* ring = decode_down_shared + skipped;
     const uint32_t pairs = p.num_tokens * p.top_k;
     const uint32_t slot = p.stage_tiles * (kStreamWeightBytes + p.tile_rows * kTileRowBytes);
-    float* y = reinterpret_cast<float*>(ring + p.stages * slot + p.lora_stages * p.lora_bytes);
+    const uint32_t unit_bytes = (kStreamRows * 2 + p.planes * kUnitRows * 4) * p.max_rank;
+    const uint32_t lora_bytes = kStageHeader + p.lora_units * unit_bytes;
+    float* y = reinterpret_cast<float*>(ring + p.stages * slot + p.lora_stages * lora_bytes);
     auto* tiles = reinterpret_cast<RowTile*>(y + p.num_tokens * 64);
     float* partial = reinterpret_cast<float*>(tiles + p.max_tiles);
     uint32_t* barriers = reinterpret_cast<uint32_t*>(partial + kShrinkPartial);
@@ -183,7 +185,7 @@ __device__ __forceinline__ void decode_down_kernel(const DecodeDownParams& p) {
     auto* tokens = reinterpret_cast<uint16_t*>(weights + pairs);
     const Stream stream(shared_address(ring), shared_address(barriers), p.stages, p.stage_tiles, p.tile_rows);
     const LoraRing lora{shared_address(ring) + p.stages * slot, lora_barriers, lora_barriers + 8 * p.lora_stages, p.lora_stages,
-                        p.lora_bytes};
+                        lora_bytes, unit_bytes};
 
     // Align is complete: the launch before has waited for it.
     const RouteCounts counts = *reinterpret_cast<const RouteCounts*>(p.counts);
@@ -228,8 +230,9 @@ __device__ __forceinline__ void decode_down_kernel(const DecodeDownParams& p) {
         if (threadIdx.x % 32 == 0) bring_weights(p, job, stream);
         __syncwarp();
     } else {
+        const Chunks first(p, 0, job.turns.groups > 0 ? job.turns.end_of_group(0) : 0, job.rank);
         shrink_chunks<T>(p, num_chunks, partial);
-        bring_lora<T>(p, lora, job.turns, job.rank, job.first_feature);
+        bring_lora<T>(p, lora, job.turns, job.rank, job.first_feature, first);
     }
     if (p.cluster > 1) cluster_barrier_relaxed();
 }

@@ -265,6 +265,6 @@ struct DecodeDownParams {
     uint32_t out_f32;      // out is f32 and not the activation's format
     float scaling;
     uint32_t lora_stages;  // of the ring for B and S
-    uint32_t lora_bytes;   // of such a stage, a multiple of 16, at least 256 + 128 R + 4 planes R
+    uint32_t lora_units;   // most units of such a stage, up to 15
 };
 static_assert(sizeof(DecodeDownParams) == 320, "DecodeDownParams");

@@ -7,6 +7,8 @@ use crate::{AlignParams, Format, GateUpParams, Kernel, KernelParams, Launch, Ten
 pub(crate) const MOST_TOKENS: u32 = 256;
 /// `kMostPairs`.
 const MOST_PAIRS: u32 = 2048;
+/// What a stage of the ring for adapters should hold at least.
+const LORA_STAGE_BYTES: u32 = 10 * 1024;
 /// Largest rank of any adapter: B of 64 features, 8 KB, must fit into a stage.
 const MOST_RANK: u32 = 64;
 /// Slots, and one for none, are 16-bit numbers in align.
@@ -68,8 +70,10 @@ pub struct DecodePlan {
     pub planes: u32,
     /// Stages of down's ring for adapters; none without slots.
     pub lora_stages: u32,
-    /// Bytes of such a stage.
-    pub lora_bytes: u32,
+    /// Units of eight rows of a chunk in such a stage.
+    pub lora_units: u32,
+    /// Bytes of such a unit: B of 64 features, and S.
+    unit_bytes: u32,
 }
 
 impl DecodePlan {
@@ -86,6 +90,7 @@ impl DecodePlan {
         let cluster = Self::cluster(sizes.hidden_size, sm_count)?;
         let tile_rows = Self::tile_rows(pairs, sizes);
         let planes = if sizes.intermediate_size > 4096 { 2 } else { 1 };
+        let unit_bytes = (128 + 32 * planes) * sizes.max_rank;
         let plan = Self {
             tile_rows,
             max_tiles: pairs.min(sizes.num_experts) + pairs / tile_rows,
@@ -98,8 +103,8 @@ impl DecodePlan {
                 (_, 0..=64) => 4,
                 _ => 3,
             },
-            // B of the largest rank, and S of eight rows.
-            lora_bytes: 256 + (128 + 32 * planes) * MOST_RANK,
+            lora_units: (LORA_STAGE_BYTES / unit_bytes.max(1)).clamp(1, 15),
+            unit_bytes,
         };
         let slot = plan.slot(plan.down);
         let fixed = plan.down_shared(sizes.num_tokens, pairs, 0);
@@ -145,7 +150,7 @@ impl DecodePlan {
 
     const fn down_shared(&self, num_tokens: u32, pairs: u32, stages: u32) -> u32 {
         let ring = stages * (self.slot(self.down) + 16);
-        let lora = self.lora_stages * (self.lora_bytes + 16);
+        let lora = self.lora_stages * (256 + self.lora_units * self.unit_bytes + 16);
         1024 + ring + lora + num_tokens * 256 + self.max_tiles * 16 + SHRINK_PARTIAL + 48 + pairs * 6 + 16
     }
 }
@@ -231,15 +236,15 @@ pub struct DecodeDownParams {
     pub scaling: f32,
     /// Stages of the ring for adapters.
     pub lora_stages: u32,
-    /// Bytes of such a stage.
-    pub lora_bytes: u32,
+    /// Most units of such a stage.
+    pub lora_units: u32,
 }
 
 const _: () = {
     assert!(size_of::<DecodeGateUpParams>() == 320 && core::mem::offset_of!(DecodeGateUpParams, chunks) == 288);
     assert!(core::mem::offset_of!(DecodeGateUpParams, stage_tiles) == 304);
     assert!(size_of::<DecodeDownParams>() == 320 && core::mem::offset_of!(DecodeDownParams, num_tokens) == 208);
-    assert!(core::mem::offset_of!(DecodeDownParams, lora_bytes) == 268);
+    assert!(core::mem::offset_of!(DecodeDownParams, lora_units) == 268);
 };
 
 impl sealed::Sealed for DecodeAlignParams {}

@@ -151,7 +151,7 @@ pub fn decode_down(
         cluster: plan.cluster,
         max_tiles: plan.max_tiles,
         lora_stages: plan.lora_stages,
-        lora_bytes: plan.lora_bytes,
+        lora_units: plan.lora_units,
         ..rest
     })
 }

@@ -1,9 +1,9 @@
 // LoRA of the decode kernel of down, beside the base product. A warpgroup of every block shrinks its share of all chunks; once all
 // blocks have, it brings B and S of the chunks that its block adds through a ring of its own to the warpgroups that multiply.
 //
-// A block of a cluster adds every p.cluster-th chunk, in groups that follow the last tiles (struct Turns). A stage holds as many
-// chunks as fit: a header of 16 records of 16 bytes (how many and whether the group ends, then one for each: first row | rows,
-// ranks | scale | places in units of 16 bytes), B of 64 features [64][ranks], S f32 [planes][rows][ranks].
+// A block of a cluster adds every p.cluster-th chunk, in groups that follow the last tiles (struct Turns), as units of up to eight
+// rows. A stage holds up to p.lora_units of them: a header of 16 records of 16 bytes (how many and whether the group ends, then one
+// for each: first row | rows, ranks | scale), then for each B of 64 features [64][ranks] and S f32 [planes][8][ranks].
 #pragma once
 #include <cstdint>
 
@@ -16,8 +16,9 @@ constexpr int kShrinkThreads = 128;
 constexpr uint32_t kShrinkRows = 16;                      // rows and ranks of one product
 constexpr uint32_t kShrinkPitch = 20;
 constexpr uint32_t kShrinkPartial = 4 * kShrinkRows * kShrinkPitch;  // f32 in shared memory
-constexpr uint32_t kUnitsOfStage = 15;
-constexpr uint32_t kStageHeader = 16;  // in units of 16 bytes
+constexpr uint32_t kUnitRows = 8;
+constexpr uint32_t kUnitsTogether = 4;  // of a stage, whose products run side by side
+constexpr uint32_t kStageHeader = 256;
 constexpr uint32_t kBytesBeforeLora = 512 * 1024;  // of weights that a block multiplies while chunks are shrunk
 
 __device__ __forceinline__ const AdapterEntry& down_entry(const DecodeDownParams& p, const Segment& chunk) {
@@ -138,18 +139,19 @@ struct Turns {
 
 struct LoraRing {
     uint32_t base, full, empty;  // shared addresses; stream_barrier_bytes from `full` on
-    uint32_t stages, bytes;
+    uint32_t stages, bytes, unit_bytes;
     uint32_t stage = 0, phase = 0;
 
     // One thread.
     __device__ __forceinline__ void init() const {
         for (uint32_t i = 0; i < stages; ++i) {
-            mbarrier_init(full + 8 * i, 1 + kShrinkThreads);
+            mbarrier_init(full + 8 * i, kShrinkThreads / 32 + kShrinkThreads);
             mbarrier_init(empty + 8 * i, 4);
         }
         store_shared4(empty + 8 * stages, 0);
     }
     __device__ __forceinline__ uint32_t at() const { return base + stage * bytes; }
+    __device__ __forceinline__ uint32_t unit(uint32_t index) const { return at() + kStageHeader + index * unit_bytes; }
     __device__ __forceinline__ void wait_full() const { mbarrier_wait(full + 8 * stage, phase); }
     __device__ __forceinline__ void wait_empty() const { mbarrier_wait(empty + 8 * stage, phase ^ 1); }
     __device__ __forceinline__ void next() {
@@ -169,84 +171,93 @@ struct LoraRing {
     }
 };
 
-// The shrinking warpgroup, afterwards.
-template <class T>
-__device__ __forceinline__ void bring_lora(const DecodeDownParams& p, LoraRing ring, const Turns& turns, uint32_t rank,
-                                           uint32_t first_feature) {
-    if (turns.chunks == 0) return;
-    const uint32_t lane = threadIdx.x % 32, thread = threadIdx.x % kShrinkThreads;
-    const uint32_t features = min(kStreamRows, p.hidden_size - first_feature), room = ring.bytes / 16;
-    uint32_t units = 0, used = kStageHeader, group = 0;
-    const auto flush = [&](bool last) {
-        if (units == 0) ring.wait_empty();
-        cp_async_arrive(ring.full + 8 * ring.stage);
-        if (thread == 0) {
-            store_shared16(ring.at(), uint4{units, last, 0, 0});
-            mbarrier_arrive(ring.full + 8 * ring.stage);
-        }
-        ring.next();
-        units = 0;
-        used = kStageHeader;
-    };
+// Up to 32 chunks of a block, one a lane.
+struct Chunks {
     Segment chunk{0, 0, 0, 0};
     AdapterEntry entry{0, 0, 0, 0.0f};
+
+    __device__ __forceinline__ Chunks(const DecodeDownParams& p, uint32_t first, uint32_t end, uint32_t rank) {
+        const uint32_t index = first + threadIdx.x % 32;
+        if (index < end) {
+            chunk = reinterpret_cast<const Segment*>(p.chunks)[index * p.cluster + rank];
+            entry = down_entry(p, chunk);
+        }
+    }
+    __device__ __forceinline__ uint32_t units() const {
+        return entry.rank > 0 ? (chunk.end_row - chunk.first_row + kUnitRows - 1) / kUnitRows : 0;
+    }
+};
+
+// The shrinking warpgroup, afterwards. A warp brings every fourth unit.
+template <class T>
+__device__ __forceinline__ void bring_lora(const DecodeDownParams& p, LoraRing ring, const Turns& turns, uint32_t rank,
+                                           uint32_t first_feature, Chunks next) {
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x % kShrinkThreads / 32;
+    const uint32_t features = min(kStreamRows, p.hidden_size - first_feature);
     bool ready = false;
+    for (uint32_t group = 0, first = 0; group < turns.groups; ++group) {
+        const uint32_t end = turns.end_of_group(group);
 #pragma unroll 1
-    for (uint32_t index = 0; index < turns.chunks; ++index) {
-        if (index % 32 == 0) {
-            entry.rank = 0;
-            if (index + lane < turns.chunks) {
-                chunk = reinterpret_cast<const Segment*>(p.chunks)[(index + lane) * p.cluster + rank];
-                entry = down_entry(p, chunk);
+        for (; first < end; first = min(first + 32, end)) {
+            const Chunks now = next;
+            // What comes next: the rest of this group, or the next one.
+            const uint32_t following = min(first + 32, end);
+            const uint32_t its_end = following < end ? end : group + 1 < turns.groups ? turns.end_of_group(group + 1) : following;
+            next = Chunks(p, following, its_end, rank);
+            uint32_t through = now.units();  // units of this lane's chunk and those before
+#pragma unroll
+            for (int d = 1; d < 32; d *= 2) {
+                const uint32_t other = __shfl_up_sync(0xffffffffu, through, d);
+                if (lane >= d) through += other;
             }
-            const uint32_t bytes = (entry.rank + 7) / 8 * 8 * sizeof(T);
-            if (bytes > 0 && thread < 32) {
-                bulk_prefetch_l2(reinterpret_cast<const char*>(entry.b) + static_cast<size_t>(first_feature) * bytes, features * bytes);
+            const uint32_t total = __shfl_sync(0xffffffffu, through, 31);
+            const bool ends = following == end;
+            for (uint32_t base = 0; base < total || (base == 0 && ends); base += p.lora_units) {
+                ring.wait_empty();
+                const uint32_t count = min(p.lora_units, total - base), full = ring.full + 8 * ring.stage;
+                for (uint32_t unit = warp; unit < count; unit += kShrinkThreads / 32) {
+                    const int from = __ffs(__ballot_sync(0xffffffffu, through > base + unit)) - 1;
+                    const uint32_t before = __shfl_sync(0xffffffffu, through - now.units(), from);
+                    const uint32_t ranks = (__shfl_sync(0xffffffffu, now.entry.rank, from) + 7) / 8 * 8;
+                    const float scale = __shfl_sync(0xffffffffu, now.entry.scale, from);
+                    const uint32_t row = __shfl_sync(0xffffffffu, now.chunk.first_row, from) + (base + unit - before) * kUnitRows;
+                    const uint32_t rows = min(kUnitRows, __shfl_sync(0xffffffffu, now.chunk.end_row, from) - row);
+                    const char* b = reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, now.entry.b, from)) +
+                                    static_cast<size_t>(first_feature) * ranks * sizeof(T);
+                    const uint32_t to = ring.unit(unit);
+                    for (uint32_t at = lane; at < kStreamRows * ranks / 8; at += 32) {
+                        const bool inside = at * 8 < features * ranks;
+                        cp_async(to + at * 16, b + (inside ? at * 16 : 0), inside);
+                    }
+                    if (!ready) {
+                        if (lane == 0) {
+                            Watchdog watchdog;
+                            const uint32_t* counter = &reinterpret_cast<RouteCounts*>(p.counts)->claimed[1];
+                            while (counter_read(counter) < gridDim.x) watchdog.turn();
+                        }
+                        __syncwarp();
+                        ready = true;
+                    }
+                    if (lane / 4 < rows) {
+                        for (uint32_t plane = 0; plane < p.planes; ++plane) {
+                            const size_t of_row = static_cast<size_t>(plane) * p.num_tokens * p.top_k + row + lane / 4;
+                            const float* s = reinterpret_cast<const float*>(p.shrunk) + of_row * p.max_rank;
+                            for (uint32_t at = lane % 4; at < ranks / 4; at += 4) {
+                                cp_async(to + (32 + plane * kUnitRows + lane / 4) * ranks * 4 + at * 16, s + at * 4, true);
+                            }
+                        }
+                    }
+                    if (lane == 0) {
+                        store_shared16(ring.at() + (1 + unit) * 16, uint4{row, rows | ranks << 16, __float_as_uint(scale), 0});
+                    }
+                }
+                cp_async_arrive(full);
+                if (lane == 0) {
+                    if (warp == 0) store_shared16(ring.at(), uint4{count, ends && base + count >= total, 0, 0});
+                    mbarrier_arrive(full);
+                }
+                ring.next();
             }
-        }
-        if (!ready) {
-            if (lane == 0) {
-                Watchdog watchdog;
-                while (counter_read(&reinterpret_cast<RouteCounts*>(p.counts)->claimed[1]) < gridDim.x) watchdog.turn();
-            }
-            __syncwarp();
-            ready = true;
-        }
-        const uint32_t from = index % 32, ranks = (__shfl_sync(0xffffffffu, entry.rank, from) + 7) / 8 * 8;
-        const float scale = __shfl_sync(0xffffffffu, entry.scale, from);
-        const char* b = reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, entry.b, from)) +
-                        static_cast<size_t>(first_feature) * ranks * sizeof(T);
-        uint32_t row = __shfl_sync(0xffffffffu, chunk.first_row, from);
-        const uint32_t end = ranks > 0 ? __shfl_sync(0xffffffffu, chunk.end_row, from) : row;
-        const uint32_t of_b = kStreamRows * ranks / 8, of_row = p.planes * ranks / 4;
-        while (row < end) {
-            const uint32_t fit = room > used + of_b ? (room - used - of_b) / of_row : 0;
-            if (units > 0 && (fit < end - row || units == kUnitsOfStage)) {
-                flush(false);
-                continue;
-            }
-            if (units == 0) ring.wait_empty();
-            const uint32_t rows = min(fit, end - row), to = ring.at() + used * 16;
-            for (uint32_t at = thread; at < of_b; at += kShrinkThreads) {
-                const bool inside = at * 8 < features * ranks;
-                cp_async(to + at * 16, b + (inside ? at * 16 : 0), inside);
-            }
-            for (uint32_t at = thread; at < rows * of_row; at += kShrinkThreads) {
-                const uint32_t of_rank = at % (ranks / 4), plane_row = at / (ranks / 4);
-                const size_t s = static_cast<size_t>(plane_row / rows) * p.num_tokens * p.top_k + row + plane_row % rows;
-                cp_async(to + (of_b + at) * 16, reinterpret_cast<const float*>(p.shrunk) + s * p.max_rank + of_rank * 4, true);
-            }
-            if (thread == 0) {
-                store_shared16(ring.at() + (1 + units) * 16,
-                               uint4{row, rows | ranks << 16, __float_as_uint(scale), used | (used + of_b) << 16});
-            }
-            units += 1;
-            used += of_b + rows * of_row;
-            row += rows;
-        }
-        if (index + 1 == turns.end_of_group(group)) {
-            flush(true);
-            group += 1;
         }
     }
 }
@@ -268,41 +279,62 @@ __device__ __forceinline__ void split(const float4& s, uint32_t (&high)[2], uint
     }
 }
 
-// One chunk, or some of its rows, to `sum`: a warp does 16 features.
+// The units of a stage to `sum`: a warp does 16 features. Products side by side, then sums one after the other: units may share
+// tokens.
 template <class T>
-__device__ __forceinline__ void add_unit(const DecodeDownParams& p, uint32_t stage, uint32_t unit, const ExpertSum& sum) {
+__device__ __forceinline__ void add_units(const DecodeDownParams& p, const LoraRing& ring, uint32_t count, const ExpertSum& sum) {
     const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, feature = threadIdx.x / 32 % 4 * 16 + g;
-    const uint4 record = load_shared16(stage + (1 + unit) * 16);
-    const uint32_t rows = record.y & 0xffff, ranks = record.y >> 16;
-    const float scale = __uint_as_float(record.z), no_bias[2] = {0.0f, 0.0f};
-    const uint32_t b = stage + (record.w & 0xffff) * 16 + feature * ranks * 2 + t * 8;
-    const uint32_t s = stage + (record.w >> 16) * 16 + t * 16;
-    const bool repeats = sum.repeats(record.x, rows);
+    const float no_bias[2] = {0.0f, 0.0f};
 #pragma unroll 1
-    for (uint32_t row = 0; row < rows; row += 8) {
-        float value[4] = {};
-#pragma unroll 1
-        for (uint32_t first = 0; first < ranks; first += 16) {
-            const bool any = first + t * 4 < ranks;
-            const uint2 low_b = any ? load_shared8(b + first * 2) : uint2{0, 0};
-            const uint2 high_b = any ? load_shared8(b + (first + 8 * ranks) * 2) : uint2{0, 0};
-            float4 of_row{0.0f, 0.0f, 0.0f, 0.0f};
-            if (any && row + g < rows) {
+    for (uint32_t first = 0; first < count; first += kUnitsTogether) {
+        float value[kUnitsTogether][4] = {};
+        uint4 record[kUnitsTogether];
+        bool repeats[kUnitsTogether];
+#pragma unroll
+        for (uint32_t i = 0; i < kUnitsTogether; ++i) {
+            record[i] = first + i < count ? load_shared16(ring.at() + (1 + first + i) * 16) : uint4{0, 0, 0, 0};
+        }
+        const auto step = [&](uint32_t i, uint32_t rank) {
+            const uint32_t rows = record[i].y & 0xffff, ranks = record[i].y >> 16;
+            const bool any = rank + t * 4 < ranks;
+            const uint32_t unit = ring.unit(first + i), b = unit + (feature * ranks + rank + t * 4) * 2;
+            const uint2 low_b = any ? load_shared8(b) : uint2{0, 0};
+            const uint2 high_b = any ? load_shared8(b + 16 * ranks) : uint2{0, 0};
+            float4 s{0.0f, 0.0f, 0.0f, 0.0f};
+            if (any && g < rows) {
                 for (uint32_t plane = 0; plane < p.planes; ++plane) {
-                    const uint4 bits = load_shared16(s + ((plane * rows + row + g) * ranks + first) * 4);
-                    of_row.x += __uint_as_float(bits.x), of_row.y += __uint_as_float(bits.y);
-                    of_row.z += __uint_as_float(bits.z), of_row.w += __uint_as_float(bits.w);
+                    const uint4 bits = load_shared16(unit + ((32 + plane * kUnitRows + g) * ranks + rank + t * 4) * 4);
+                    s.x += __uint_as_float(bits.x), s.y += __uint_as_float(bits.y);
+                    s.z += __uint_as_float(bits.z), s.w += __uint_as_float(bits.w);
                 }
-                of_row.x *= scale, of_row.y *= scale, of_row.z *= scale, of_row.w *= scale;
+                const float scale = __uint_as_float(record[i].z);
+                s.x *= scale, s.y *= scale, s.z *= scale, s.w *= scale;
             }
             uint32_t high[2], low[2];
-            split<T>(of_row, high, low);
-            mma<T>(value, low_b.x, high_b.x, low_b.y, high_b.y, high[0], high[1]);
-            mma<T>(value, low_b.x, high_b.x, low_b.y, high_b.y, low[0], low[1]);
+            split<T>(s, high, low);
+            mma<T>(value[i], low_b.x, high_b.x, low_b.y, high_b.y, high[0], high[1]);
+            mma<T>(value[i], low_b.x, high_b.x, low_b.y, high_b.y, low[0], low[1]);
+        };
+        uint32_t most = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < kUnitsTogether; ++i) {
+            step(i, 0);
+            repeats[i] = sum.repeats(record[i].x, record[i].y & 0xffff);
+            most = max(most, record[i].y >> 16);
         }
-        sum.add(value, record.x, row, rows, feature, no_bias, repeats);
+#pragma unroll 1
+        for (uint32_t rank = 16; rank < most; rank += 16) {
+#pragma unroll
+            for (uint32_t i = 0; i < kUnitsTogether; ++i) {
+                if (rank < record[i].y >> 16) step(i, rank);
+            }
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < kUnitsTogether; ++i) {
+            sum.add(value[i], record[i].x, 0, record[i].y & 0xffff, feature, no_bias, repeats[i]);
+            __syncwarp();
+        }
     }
-    __syncwarp();  // the next one may have the same tokens
 }
 
 // A group of chunks, in a warpgroup's turn `turn`; `hand_over`: there is another turn.
@@ -313,8 +345,8 @@ __device__ __forceinline__ void consume_group(const DecodeDownParams& p, const S
     ring.resume();
     for (bool last = false; !last;) {
         ring.wait_full();
-        const uint32_t stage = ring.at(), empty = ring.empty + 8 * ring.stage;
-        const uint4 header = load_shared16(stage);
+        const LoraRing stage = ring;
+        const uint4 header = load_shared16(stage.at());
         last = header.y != 0;
         ring.next();
         if (last) {
@@ -323,7 +355,7 @@ __device__ __forceinline__ void consume_group(const DecodeDownParams& p, const S
         }
         if (first && turn > 0) named_barrier(kBarrierAccumulate + threadIdx.x / 128, kStreamConsumers);
         first = false;
-        for (uint32_t unit = 0; unit < header.x; ++unit) add_unit<T>(p, stage, unit, sum);
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
+        add_units<T>(p, stage, header.x, sum);
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(stage.empty + 8 * stage.stage);
     }
 }
