@@ -153,6 +153,7 @@ extern "C" __global__ void __launch_bounds__(1024) moe_lora_decode_align(const A
     __syncthreads();
 
     // What a row opens: a segment, a row tile, a LoRA chunk.
+    const uint32_t chunk_rows = min(static_cast<uint32_t>(kChunkRows), p.tile_rows);
     bool segment[2], tile[2], chunk[2];
     uint32_t of_tile[2], opened = 0, opened_chunks = 0, all, all_chunks;
 #pragma unroll
@@ -163,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(1024) moe_lora_decode_align(const A
         if (i >= each || row >= num_rows) continue;
         const uint32_t expert = s.expert[row], within = row - s.starts[expert], rows = s.starts[expert + 1] - s.starts[expert];
         segment[i] = within == 0 || s.slot[row] != s.slot[row - 1];
-        chunk[i] = s.slot[row] > 0 && (segment[i] || within % kChunkRows == 0);
+        chunk[i] = s.slot[row] > 0 && (segment[i] || within % chunk_rows == 0);
         const uint32_t tiles = (rows + p.tile_rows - 1) / p.tile_rows, size = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
         tile[i] = within % size == 0;
         of_tile[i] = min(size, rows - within);

@@ -49,7 +49,7 @@ struct RouteCounts {
 static_assert(sizeof(RouteCounts) == 32, "RouteCounts");
 
 constexpr int kTileRows = 128;  // most rows of a RowTile
-constexpr int kChunkRows = 32;  // most rows of a LoRA chunk
+constexpr int kChunkRows = 64;  // most rows of a LoRA chunk
 constexpr int kSortDigit = 1024;  // slots are sorted by digits of this base
 
 struct TopkParams {
@@ -93,6 +93,36 @@ struct AlignParams {
     uint32_t reserved;
 };
 static_assert(sizeof(AlignParams) == 136, "AlignParams");
+
+// Pairs of every slot by expert, padded to whole blocks. Slots that are disabled or not listed: nothing is written.
+struct AlignBlockParams {
+    uint64_t topk_ids;             // i32 or i64 [T, k]
+    uint64_t seg_indptr;           // i32 [S + 1], ascending: first token of each segment
+    uint64_t req_to_lora;          // i32 [S]: slot or -1
+    uint64_t lora_ids;             // i32 [L]: slots to work on, -1 for none
+    uint64_t adapter_enabled;      // i32 [L]
+    uint64_t expert_map;           // i32 [E] or 0: global to local expert, -1 for none
+    uint64_t sorted_token_ids;     // i32 [L, p], out
+    uint64_t expert_ids;           // i32 [L, p / block size], out
+    uint64_t num_tokens_post_pad;  // i32 [L], out
+    uint64_t enabled;              // u32 [L], scratch
+    uint64_t token_slots;          // i32 [T], scratch
+    uint64_t order;                // u32 [2, T], scratch
+    uint64_t row_pair;             // u32 [T * k], scratch
+    uint64_t starts;               // u32 [L, E], scratch
+    uint64_t ends;                 // u32 [L, E], scratch
+    uint64_t table;                // u32 [grid, max(E + 2, 1024)], scratch; only for grid > 1
+    uint64_t barrier;              // u32, zeroed once when allocated; only for grid > 1
+    uint32_t ids_are_i64;
+    uint32_t num_tokens;
+    uint32_t top_k;
+    uint32_t num_experts;
+    uint32_t num_segments;
+    uint32_t max_loras;
+    uint32_t block_size;
+    uint32_t slot_entries;  // p, a multiple of block_size
+};
+static_assert(sizeof(AlignBlockParams) == 168, "AlignBlockParams");
 
 // s = scale * A x for every row of every LoRA chunk. A value of `shrunk` is two numbers of the activation's format whose sum
 // it is; of four (or eight) neighbouring ranks the first numbers come first, then the second ones.
@@ -228,7 +258,7 @@ static_assert(sizeof(PeakParams) == 40, "PeakParams");
 struct DecodeGateUpParams {
     TensorMap weights;     // gate and up: boxes of 64 numbers, 8 rows, gate and up, 4 groups of 8 rows, an expert
     GateUpParams gate_up;  // shrunk is out too; counts->claimed[0] must be 0 and counts what was shrunk
-    uint64_t chunks;       // Segment
+    uint64_t chunks;       // Segment, of at most tile_rows rows
     uint32_t tile_rows;    // most rows of a tile, 16, 32, 64 or 128
     uint32_t stages;       // of the ring
     uint32_t stage_tiles;  // 64s of k in a stage

@@ -9,10 +9,13 @@
 //                    built: see schedule/. No atomics but the barrier's counter, so equal inputs give equal bits. One
 //                    launch, cooperative if the grid has more than one block.
 //                    Cost: about 60 bytes of traffic a pair, mostly L2, and 3 + 2 * digits barriers.
-// Limits: E <= 1024, T * k < 2^31. Grid and block: any grid of kSortThreads; T > 0.
+// moe_lora_align_block  the same pairs in the padded block format of other engines, see schedule/blocks.cuh. One launch,
+//                    likewise cooperative. Cost: as align, and 12 bytes a (slot, expert), 4 an entry of the output.
+// Limits: E <= 1024, T * k < 2^31. Grid and block: any grid of kSortThreads; T > 0 (align).
 #include "mma/number.cuh"
 #include "params.cuh"
 #include "ptx/async.cuh"
+#include "schedule/blocks.cuh"
 #include "schedule/lists.cuh"
 #include "schedule/sort.cuh"
 
@@ -162,22 +165,9 @@ extern "C" __global__ void __launch_bounds__(kSortThreads) moe_lora_align(const 
         bad_slots = __reduce_add_sync(kAllLanes, bad_slots);
     }
 
-    // Tokens by slot, lowest digit first.
-    const uint32_t* order = nullptr;
-    const uint32_t slot_keys = slots == nullptr ? 1 : p.num_slots + 1;
-    for (uint32_t shift = 0; shift < 32 && ((slot_keys - 1) >> shift) > 0; shift += 10) {
-        auto* next = reinterpret_cast<uint32_t*>(p.order) + (shift / 10 % 2) * p.num_tokens;
-        const uint32_t bins = min(static_cast<uint32_t>(kSortDigit), ((slot_keys - 1) >> shift) + 1);
-        const uint32_t* from = order;
-        counting_sort(
-            p.num_tokens, bins, align_shared, align_shared + bins + 1, table, barrier,
-            [&](uint32_t i) {
-                const uint32_t token = from == nullptr ? i : __ldcg(from + i);
-                return (static_cast<uint32_t>(slot_of(token) + 1) >> shift) % kSortDigit;
-            },
-            [&](uint32_t i, uint32_t to) { next[to] = from == nullptr ? i : __ldcg(from + i); });
-        order = next;
-    }
+    const uint32_t* order =
+        digit_sort(p.num_tokens, slots == nullptr ? 1 : p.num_slots + 1, reinterpret_cast<uint32_t*>(p.order),
+                   align_shared, table, barrier, [&](uint32_t token) { return static_cast<uint32_t>(slot_of(token) + 1); });
 
     // Pairs by expert.
     const auto pair_at = [&](uint32_t i) {
@@ -214,4 +204,31 @@ extern "C" __global__ void __launch_bounds__(kSortThreads) moe_lora_align(const 
         },
         table, barrier, reinterpret_cast<Segment*>(p.segments), reinterpret_cast<RowTile*>(p.tiles),
         reinterpret_cast<Segment*>(p.chunks), counts);
+}
+
+extern "C" __global__ void __launch_bounds__(kSortThreads) moe_lora_align_block(const AlignBlockParams p) {
+    extern __shared__ uint32_t align_block_shared[];
+    wait_for_previous_launch();
+    auto* table = reinterpret_cast<uint32_t*>(p.table);
+    auto* barrier = reinterpret_cast<uint32_t*>(p.barrier);
+    const BlockKeys keys{p};
+    begin_blocks(p, keys, barrier);
+    const auto* token_slots = reinterpret_cast<const int32_t*>(p.token_slots);
+    const uint32_t* order = digit_sort(p.num_tokens, p.max_loras + 1, reinterpret_cast<uint32_t*>(p.order),
+                                       align_block_shared, table, barrier,
+                                       [&](uint32_t token) { return static_cast<uint32_t>(__ldcg(token_slots + token) + 1); });
+    const auto pair_at = [&](uint32_t i) {
+        const uint32_t token = i / p.top_k;
+        return order == nullptr ? i : __ldcg(order + token) * p.top_k + (i - token * p.top_k);
+    };
+    // Pairs that take no part come last.
+    counting_sort(
+        p.num_tokens * p.top_k, p.num_experts + 1, align_block_shared, align_block_shared + p.num_experts + 2, table,
+        barrier,
+        [&](uint32_t i) {
+            const uint32_t pair = pair_at(i);
+            return keys.slot(pair) < 0 ? p.num_experts : keys.expert(pair);
+        },
+        [&](uint32_t i, uint32_t row) { reinterpret_cast<uint32_t*>(p.row_pair)[row] = pair_at(i); });
+    place_blocks(p, keys, align_block_shared[p.num_experts], barrier);
 }

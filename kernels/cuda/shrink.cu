@@ -3,12 +3,13 @@
 // input [*, K] (row = row_pair / top_k for gate and up, whose input is the hidden state; row for down), A [rank8, K] of each
 // projection -> shrunk [rows, shrunk_stride], projection p from column p * max_rank on, rank8 columns written.
 //
-// One block takes one chunk (at most kChunkRows rows of one expert and slot) and up to four groups of 8 ranks, gate's then
-// up's. Warps split K, and where there is more than one m16 of ranks those too; the parts of K are added in order, so the
-// result of a row depends on nothing but the row. Operands go from global memory straight to registers: a lane reads 16
-// contiguous bytes of its A row and its token, which are eight k; as both operands number k alike, any such order gives the
-// product. S is kept in two 16-bit numbers, see params.cuh.
-// Cost: A read once a chunk, the tokens once a group of 32 ranks (16 where the chunk has at most 8 rows), mostly from L2.
+// A block takes up to 64 rows of a chunk (one expert and slot) and its groups of 8 ranks, gate's then up's, two or four at a
+// time. Every warp sums its own eighth of K and the eighths are added in order, whatever the block's rows and ranks are: so
+// the result of a row depends on nothing but the row. How chunks are dealt to blocks (`Deal`) then is a question of speed.
+// A lane copies 16 contiguous bytes of its A rows and its tokens, eight k each, to a queue in shared memory that only
+// itself reads: no barriers, and up to 96 KB in flight. As both operands number k alike, any such order gives the product.
+// S is kept in two 16-bit numbers, see params.cuh.
+// Cost: A read once per 8 to 64 rows, the tokens once per 16 or 32 ranks, mostly from L2.
 // Limits: K a multiple of 8; grid: any, of kShrinkThreads; kShrinkShared bytes of dynamic shared memory.
 #include "mma/number.cuh"
 #include "params.cuh"
@@ -18,15 +19,21 @@ namespace {
 
 constexpr int kShrinkWarps = 8;
 constexpr int kShrinkThreads = kShrinkWarps * 32;
+constexpr int kQueueBytes = 12 * 1024;  // of a warp
+constexpr int kShrinkShared = kShrinkWarps * kQueueBytes;
 constexpr uint32_t kNoRow = ~0u;
-constexpr int kShrinkShared = 4 * 32 * 36 * 4;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kShrinkBlocks = 2;  // blocks that share an SM: 128 registers a thread
+#else
+constexpr int kShrinkBlocks = 1;
+#endif
 
-// A chunk's projections as one list of groups of 8 ranks.
+// A chunk's projections as one list of groups of 8 ranks. In shared memory: registers are short.
 struct RankGroups {
     AdapterEntry entry[2];
     uint32_t groups[2];
 
-    __device__ RankGroups(const ShrinkParams& p, const Segment& chunk) {
+    __device__ void read(const ShrinkParams& p, const Segment& chunk) {
         const auto* table = reinterpret_cast<const AdapterEntry*>(p.adapters);
         const size_t at = (static_cast<size_t>(chunk.slot) * p.num_experts + chunk.expert) * 3 + p.first_projection;
         for (uint32_t i = 0; i < 2; ++i) {
@@ -45,95 +52,194 @@ struct RankGroups {
     }
 };
 
-__device__ __forceinline__ uint4 load16(const void* row, uint32_t at, uint32_t width) {
-    return row != nullptr && at < width ? __ldg(reinterpret_cast<const uint4*>(row) + at / 8) : uint4{0, 0, 0, 0};
-}
+// How the work is dealt out: a block takes `rows` rows of a chunk and every splits-th set of `groups` groups of ranks. Blocks
+// that split the ranks of a chunk run at the same time, so that its tokens come from memory once.
+struct Deal {
+    uint32_t rows, groups, splits;
 
-// kM groups of 16 ranks, each done by kShrinkWarps / kM warps, by kN groups of 8 rows. first_group: of 8 ranks.
-template <class T, int kM, int kN, int kUnroll>
-__device__ __forceinline__ void shrink(const ShrinkParams& p, const Segment& chunk, const RankGroups& ranks,
-                                       uint32_t first_group, float* partial) {
-    constexpr int kParts = kShrinkWarps / kM;  // of K
+    __device__ Deal(const ShrinkParams& p, uint32_t which) {
+        const uint32_t most_groups = p.num_projections * p.max_rank / 8;
+        groups = which / 4 == 0 ? 4 : 2;
+        rows = static_cast<uint32_t>(kChunkRows) >> which % 4;
+        // At most this many, for blocks that find no ranks cost time where small adapters are beside large ones.
+        splits = min((most_groups + groups - 1) / groups, 16 / groups);
+    }
+
+    // The fastest of eight, one a lane, by how long the last block is busy and how much all blocks read together. The
+    // numbers are of the chunks' mean size and largest rank: rough, but no result depends on them.
+    __device__ static Deal best(const ShrinkParams& p, const RouteCounts& counts) {
+        constexpr float kLatency = 50e3f;  // how many numbers a block could read while it starts and ends an item
+        constexpr float kShare = 4.0f;     // a block alone reads so much faster than one of many
+        const uint32_t lane = threadIdx.x % 32;
+        const Deal deal(p, lane % 8);
+        const float most_groups = static_cast<float>(p.num_projections * p.max_rank / 8);
+        const float chunks = static_cast<float>(counts.num_chunks);
+        const float chunk_rows = fminf(kChunkRows, __fdividef(static_cast<float>(counts.num_rows), chunks));
+        const float items = chunks * ceilf(__fdividef(chunk_rows, deal.rows)) * deal.splits;
+        const float sets = ceilf(__fdividef(most_groups, deal.groups * deal.splits));
+        const float numbers = sets * (fminf(deal.groups, most_groups) * 8 + fminf(deal.rows, chunk_rows)) * p.width;
+        const float turns = __fdividef(items, gridDim.x);
+        const float cost = (numbers + kLatency) * fmaxf(ceilf(turns), kShare * turns);
+        return Deal(p, __reduce_min_sync(~0u, __float_as_uint(cost) & ~7u | lane % 8) & 7u);
+    }
+};
+
+// kM pairs of groups of 8 ranks, from group `first` on, by up to kN * 8 rows, from `first_row` on.
+template <class T, int kM, int kN>
+__device__ __forceinline__ void shrink(const ShrinkParams& p, const RankGroups& ranks, uint32_t first, uint32_t first_row,
+                                       uint32_t end_row, char* shared) {
+    constexpr int kCopies = 2 * kM + kN;  // of 16 bytes a lane, for 32 k
+    constexpr int kDepth = kQueueBytes / (kCopies * 512);
     constexpr int kPitch = kM * 16 + 4;
-    static_assert(kParts * kN * 8 * kPitch * 4 <= kShrinkShared, "the partial sums fit");
-    const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint32_t part = threadIdx.x / 32 / kM, m = threadIdx.x / 32 % kM;
+    static_assert(kN * 8 * kPitch * 4 <= kQueueBytes, "a warp's sums fit where its queue was");
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    char* const mine = shared + warp * kQueueBytes;
+    const uint32_t queue = shared_address(mine) + lane * 16;
 
-    const T* a[2];
-    for (int half = 0; half < 2; ++half) a[half] = ranks.row<T>(first_group + 2 * m + half, g, p.width);
+    const T* a[2 * kM];
+#pragma unroll
+    for (int i = 0; i < 2 * kM; ++i) a[i] = ranks.row<T>(first + i, g, p.width);
     const T* input = reinterpret_cast<const T*>(p.input);
     uint32_t x[kN];  // offsets of 8 numbers
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-        const uint32_t row = chunk.first_row + n * 8 + g;
+        const uint32_t row = first_row + n * 8 + g;
         const auto* row_pair = reinterpret_cast<const uint32_t*>(p.row_pair);
-        const uint32_t from = row >= chunk.end_row ? 0 : row_pair != nullptr ? row_pair[row] / p.top_k : row;
-        x[n] = row < chunk.end_row ? from * (p.width / 8) : kNoRow;
+        const uint32_t from = row >= end_row ? 0 : row_pair != nullptr ? row_pair[row] / p.top_k : row;
+        x[n] = row < end_row ? from * (p.width / 8) : kNoRow;
     }
 
-    float sum[kN][4] = {};
-#pragma unroll kUnroll
-    for (uint32_t base = part * 32; base < p.width; base += kParts * 32) {
-        const uint32_t k = base + t * 8;
-        const uint4 low = load16(a[0], k, p.width), high = load16(a[1], k, p.width);
-        uint4 right[kN];
+    // This warp's part of K, in steps of 32.
+    const uint32_t part = (p.width + kShrinkWarps * 32 - 1) / (kShrinkWarps * 32) * 32;
+    const uint32_t begin = min(warp * part, p.width), end = min(begin + part, p.width);
+    uint32_t to_fill = begin + t * 8;
+    const auto fill = [&](uint32_t at) {
+        const bool exists = to_fill < end;
+#pragma unroll
+        for (int i = 0; i < 2 * kM; ++i) cp_async_stream(at + i * 512, a[i] + to_fill, exists && a[i] != nullptr);
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
-            right[n] = load16(x[n] == kNoRow ? nullptr : input + static_cast<size_t>(x[n]) * 8, k, p.width);
+            cp_async(at + (2 * kM + n) * 512, input + static_cast<size_t>(x[n]) * 8 + to_fill, exists && x[n] != kNoRow);
         }
+        to_fill += 32;
+    };
+#pragma unroll 1
+    for (int s = 0; s < kDepth; ++s) {
+        if (begin + s * 32 < end) fill(queue + s * kCopies * 512);
+        cp_async_commit();
+    }
+    float sum[kM][kN][4] = {};
+    uint32_t at = queue;
+#pragma unroll 1
+    for (uint32_t k = begin; k < end; k += 32) {
+        cp_async_wait<kDepth - 1>();
+        uint4 left[2 * kM];
+#pragma unroll
+        for (int i = 0; i < 2 * kM; ++i) left[i] = load_shared16(at + i * 512);
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
-            mma<T>(sum[n], low.x, high.x, low.y, high.y, right[n].x, right[n].y);
-            mma<T>(sum[n], low.z, high.z, low.w, high.w, right[n].z, right[n].w);
+            const uint4 right = load_shared16(at + (2 * kM + n) * 512);
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+                const uint4 &low = left[2 * m], &high = left[2 * m + 1];
+                mma<T>(sum[m][n], low.x, high.x, low.y, high.y, right.x, right.y);
+                mma<T>(sum[m][n], low.z, high.z, low.w, high.w, right.z, right.w);
+            }
         }
+        // The products above have read what this overwrites.
+        if (k + kDepth * 32 < end) fill(at);
+        cp_async_commit();
+        at += kCopies * 512;
+        if (at == queue + kDepth * kCopies * 512) at = queue;
     }
 
-    // partial[part][row][rank]
-    float* mine = partial + part * kN * 8 * kPitch;
+    // Every warp's sums, [row][rank].
+    float* partial = reinterpret_cast<float*>(mine);
+    __syncwarp();
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) mine[(n * 8 + 2 * t + i % 2) * kPitch + m * 16 + i / 2 * 8 + g] = sum[n][i];
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                partial[(n * 8 + 2 * t + i % 2) * kPitch + m * 16 + i / 2 * 8 + g] = sum[m][n][i];
+            }
+        }
     }
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < kN * 8 * kM * 16; i += kShrinkThreads) {
-        const uint32_t n = i / (kM * 16), column = i % (kM * 16);
-        const uint32_t row = chunk.first_row + n, group = first_group + column / 8;
-        if (row >= chunk.end_row || group >= ranks.count()) continue;
-        float total = 0.0f;
+    // Four ranks of a row are 16 bytes of S.
+    for (uint32_t i = threadIdx.x; i < kN * 8 * kM * 4; i += kShrinkThreads) {
+        const uint32_t n = i / (kM * 4), column = i % (kM * 4) * 4;
+        const uint32_t row = first_row + n, group = first + column / 8;
+        if (row >= end_row || group >= ranks.count()) continue;
+        float total[4] = {};
 #pragma unroll
-        for (int k = 0; k < kParts; ++k) total += partial[(k * kN * 8 + n) * kPitch + column];
+        for (int w = 0; w < kShrinkWarps; ++w) {
+            const float4 of_warp =
+                *reinterpret_cast<const float4*>(shared + w * kQueueBytes + (n * kPitch + column) * 4);
+            total[0] += of_warp.x;
+            total[1] += of_warp.y;
+            total[2] += of_warp.z;
+            total[3] += of_warp.w;
+        }
         const bool second = group >= ranks.groups[0];
         const uint32_t rank = (second ? group - ranks.groups[0] : group) * 8 + column % 8;
-        const float value = total * (second ? ranks.entry[1].scale : ranks.entry[0].scale);
-        const uint32_t together = p.octets ? 8 : 4;
-        const size_t at = static_cast<size_t>(row) * p.shrunk_stride + (second ? p.max_rank : 0) + rank / together * together;
-        T* shrunk = reinterpret_cast<T*>(p.shrunk) + at * 2 + rank % together;
-        const T first = narrow<T>(value);
-        shrunk[0] = first;
-        shrunk[together] = narrow<T>(value - widen(first));
+        const float scale = second ? ranks.entry[1].scale : ranks.entry[0].scale;
+        __align__(16) T numbers[8];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float value = total[j] * scale;
+            numbers[j] = narrow<T>(value);
+            numbers[4 + j] = narrow<T>(value - widen(numbers[j]));
+        }
+        const size_t to = static_cast<size_t>(row) * p.shrunk_stride + (second ? p.max_rank : 0) + rank;
+        if (p.octets) {
+            uint2* octet = reinterpret_cast<uint2*>(p.shrunk) + to / 8 * 4;
+            octet[rank / 4 % 2] = *reinterpret_cast<const uint2*>(numbers);
+            octet[2 + rank / 4 % 2] = *reinterpret_cast<const uint2*>(numbers + 4);
+        } else {
+            reinterpret_cast<uint4*>(p.shrunk)[to / 4] = *reinterpret_cast<const uint4*>(numbers);
+        }
     }
-    __syncthreads();
+    __syncthreads();  // the sums are read
+}
+
+template <class T, int kM>
+__device__ __forceinline__ void shrink_rows(const ShrinkParams& p, const RankGroups& ranks, uint32_t first,
+                                            uint32_t first_row, uint32_t end_row, char* shared) {
+    const uint32_t rows = end_row - first_row;
+    if (rows <= 8) {
+        shrink<T, kM, 1>(p, ranks, first, first_row, end_row, shared);
+    } else if (rows <= 16) {
+        shrink<T, kM, 2>(p, ranks, first, first_row, end_row, shared);
+    } else if (rows <= 32) {
+        shrink<T, kM, 4>(p, ranks, first, first_row, end_row, shared);
+    } else {
+        shrink<T, kM, 8>(p, ranks, first, first_row, end_row, shared);
+    }
 }
 
 template <class T>
 __device__ __forceinline__ void shrink_kernel(const ShrinkParams& p) {
-    extern __shared__ float shrink_shared[];
+    extern __shared__ __align__(128) char shrink_shared[];
+    __shared__ RankGroups ranks;
     wait_for_previous_launch();
-    const uint32_t num_chunks = reinterpret_cast<const RouteCounts*>(p.counts)->num_chunks;
-    // The finest split: 16 ranks a block. Chunks of more than 8 rows take twice that, and leave the upper half idle.
-    const uint32_t blocks = (p.num_projections * p.max_rank + 15) / 16;
-    for (uint32_t item = blockIdx.x; item < num_chunks * blocks; item += gridDim.x) {
-        const Segment chunk = reinterpret_cast<const Segment*>(p.chunks)[item / blocks];
-        const RankGroups ranks(p, chunk);
-        const uint32_t rows = chunk.end_row - chunk.first_row, block = item % blocks;
-        if (rows <= 8) {
-            if (block * 2 < ranks.count()) shrink<T, 1, 1, 4>(p, chunk, ranks, block * 2, shrink_shared);
-        } else if (block * 4 < ranks.count()) {
-            if (rows <= 16) {
-                shrink<T, 2, 2, 4>(p, chunk, ranks, block * 4, shrink_shared);
+    const RouteCounts counts = *reinterpret_cast<const RouteCounts*>(p.counts);
+    const Deal deal = Deal::best(p, counts);
+    const uint32_t pieces = kChunkRows / deal.rows;
+    for (uint32_t item = blockIdx.x; item < counts.num_chunks * pieces * deal.splits; item += gridDim.x) {
+        const Segment chunk = reinterpret_cast<const Segment*>(p.chunks)[item / deal.splits / pieces];
+        const uint32_t first_row = chunk.first_row + item / deal.splits % pieces * deal.rows;
+        if (first_row >= chunk.end_row) continue;
+        const uint32_t end_row = min(chunk.end_row, first_row + deal.rows);
+        if (threadIdx.x == 0) ranks.read(p, chunk);
+        __syncthreads();
+        for (uint32_t first = item % deal.splits * deal.groups; first < ranks.count();
+             first += deal.splits * deal.groups) {
+            if (deal.groups == 2 || first + 2 >= ranks.count()) {
+                shrink_rows<T, 1>(p, ranks, first, first_row, end_row, shrink_shared);
             } else {
-                shrink<T, 2, 4, 2>(p, chunk, ranks, block * 4, shrink_shared);
+                shrink_rows<T, 2>(p, ranks, first, first_row, end_row, shrink_shared);
             }
         }
     }
@@ -141,10 +247,10 @@ __device__ __forceinline__ void shrink_kernel(const ShrinkParams& p) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kShrinkThreads, 3) moe_lora_shrink_bf16(const ShrinkParams p) {
+extern "C" __global__ void __launch_bounds__(kShrinkThreads, kShrinkBlocks) moe_lora_shrink_bf16(const ShrinkParams p) {
     shrink_kernel<bf16>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(kShrinkThreads, 3) moe_lora_shrink_f16(const ShrinkParams p) {
+extern "C" __global__ void __launch_bounds__(kShrinkThreads, kShrinkBlocks) moe_lora_shrink_f16(const ShrinkParams p) {
     shrink_kernel<f16>(p);
 }

@@ -56,7 +56,7 @@ pub struct BatchSizes {
 /// How the three launches of a batch of few tokens are shaped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DecodePlan {
-    /// Most rows of a row tile.
+    /// Most rows of a row tile, and of a LoRA chunk.
     pub tile_rows: u32,
     /// Most row tiles.
     pub max_tiles: u32,
@@ -110,7 +110,8 @@ impl DecodePlan {
         let fixed = plan.down_shared(sizes.num_tokens, pairs, 0);
         // Few tokens: as much as fits, filled while the launch before ends. Else what keeps the memory busy.
         let weights = if sizes.num_tokens <= 8 { MOST_SHARED } else { 96 * 1024 };
-        let wanted = (weights / (WEIGHT_BYTES * plan.down.stage_tiles)).max((sizes.num_tokens * 256 + 4096).div_ceil(slot));
+        let wanted =
+            (weights / (WEIGHT_BYTES * plan.down.stage_tiles)).max((sizes.num_tokens * 256 + 4096).div_ceil(slot));
         let stages = wanted.min(MOST_SHARED.saturating_sub(fixed) / (slot + 16));
         let holds = stages >= 2 && stages * slot >= sizes.num_tokens * 256 + 4096;
         (fits && holds).then_some(Self { down: Ring { stages, ..plan.down }, ..plan })
@@ -168,7 +169,7 @@ pub struct DecodeGateUpParams {
     pub weights: TensorMap,
     /// The launch before must be [`DecodeAlignParams`]'; `shrunk` is out too.
     pub gate_up: GateUpParams,
-    /// Segment.
+    /// Segment, of at most `tile_rows` rows.
     pub chunks: u64,
     /// [`DecodePlan::tile_rows`].
     pub tile_rows: u32,
@@ -320,9 +321,8 @@ mod tests {
     fn plans_follow_the_number_of_rows() {
         let tile_rows = [1, 16, 64, 128, 256].map(|tokens| DecodePlan::new(&qwen3(tokens), 132).unwrap().tile_rows);
         assert_eq!(tile_rows, [16, 16, 32, 32, 64]);
-        let clusters = [64, 2048, 2880, 4096, 7168].map(|hidden_size| {
-            DecodePlan::new(&BatchSizes { hidden_size, ..qwen3(4) }, 132).unwrap().cluster
-        });
+        let clusters = [64, 2048, 2880, 4096, 7168]
+            .map(|hidden_size| DecodePlan::new(&BatchSizes { hidden_size, ..qwen3(4) }, 132).unwrap().cluster);
         assert_eq!(clusters, [3, 3, 2, 2, 1]);
     }
 
@@ -330,7 +330,10 @@ mod tests {
     fn what_does_not_fit_has_no_plan() {
         let fits = |sizes: BatchSizes| DecodePlan::new(&sizes, 132).is_some();
         assert!(fits(qwen3(1)) && fits(qwen3(256)) && !fits(qwen3(0)) && !fits(qwen3(257)));
-        assert!(!fits(BatchSizes { max_rank: 72, ..qwen3(4) }) && fits(BatchSizes { max_rank: 72, num_slots: 0, ..qwen3(4) }));
+        assert!(
+            !fits(BatchSizes { max_rank: 72, ..qwen3(4) })
+                && fits(BatchSizes { max_rank: 72, num_slots: 0, ..qwen3(4) })
+        );
         assert!(!fits(BatchSizes { hidden_size: 64 * 133, ..qwen3(4) }));
         assert!(!fits(BatchSizes { top_k: 9, ..qwen3(256) }) && !fits(BatchSizes { num_slots: 1 << 16, ..qwen3(4) }));
         assert!(!fits(BatchSizes { num_experts: 1025, ..qwen3(4) }));
@@ -338,7 +341,9 @@ mod tests {
 
     #[test]
     fn shared_memory_suffices_for_every_plan() {
-        for (num_experts, hidden_size, intermediate_size) in [(128, 2048, 768), (8, 4096, 14336), (256, 7168, 256), (1, 8, 8)] {
+        for (num_experts, hidden_size, intermediate_size) in
+            [(128, 2048, 768), (8, 4096, 14336), (256, 7168, 256), (1, 8, 8)]
+        {
             for num_tokens in 1..=MOST_TOKENS {
                 for top_k in [1, 2, 8] {
                     let sizes = BatchSizes { num_experts, top_k, hidden_size, intermediate_size, ..qwen3(num_tokens) };

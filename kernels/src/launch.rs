@@ -1,14 +1,14 @@
 //! How many blocks a kernel wants: pure functions of the batch's sizes and the number of SMs, never of the routing.
 
 use crate::{
-    AlignParams, CombineParams, DownParams, GateUpParams, NoiseParams, PeakParams, PrefillDownParams,
+    AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, NoiseParams, PeakParams, PrefillDownParams,
     PrefillGateUpParams, ReadParams, ShrinkParams, TopkParams,
 };
 
 /// `kTileRows`.
 const TILE_ROWS: u64 = 128;
 /// `kChunkRows`.
-const CHUNK_ROWS: u64 = 32;
+const CHUNK_ROWS: u64 = 64;
 /// `kSortWarps`.
 const SORT_WARPS: u32 = 16;
 /// `kSortDigit`.
@@ -20,7 +20,7 @@ const PAIRS_OF_A_BLOCK: u64 = 1024;
 /// `kTopkWarps`.
 const TOPK_WARPS: u32 = 4;
 /// `kShrinkShared`.
-pub(crate) const SHRINK_SHARED: u32 = 4 * 32 * 36 * 4;
+pub(crate) const SHRINK_SHARED: u32 = 8 * 12 * 1024;
 /// `kProductShared + kLoraPartsBytes`.
 pub(crate) const PRODUCT_SHARED: u32 = 96 * 1024 + 128 * 24;
 /// `kGroupedShared`.
@@ -129,12 +129,29 @@ impl AlignParams {
     }
 }
 
+impl AlignBlockParams {
+    /// Enough blocks for the pairs and for the entries to write, at most one an SM: they must run together.
+    #[must_use]
+    pub fn launch(&self, sm_count: u32) -> Launch {
+        let pairs = u64::from(self.num_tokens) * u64::from(self.top_k);
+        let entries = u64::from(self.max_loras) * u64::from(self.slot_entries);
+        let blocks = match pairs.max(entries / 16) {
+            0..=PAIRS_OF_ONE_BLOCK => 1,
+            work => work.div_ceil(PAIRS_OF_A_BLOCK).min(u64::from(sm_count.max(1))) as u32,
+        };
+        let shared = align_shared(self.num_experts, self.max_loras);
+        Launch { cooperative: blocks > 1, ..Launch::new([blocks, 1, 1], SORT_WARPS * 32, shared) }
+    }
+}
+
 impl ShrinkParams {
-    /// One block a chunk and 16 ranks, at most.
+    /// Two blocks an SM, which share the chunks out, or one for every 8 rows and 16 ranks if that is fewer.
     #[must_use]
     pub fn launch(&self, bounds: &RouteBounds, sm_count: u32) -> Launch {
         let rank_blocks = (u64::from(self.num_projections) * u64::from(self.max_rank)).div_ceil(16);
-        Launch::new([covering(bounds.chunks * rank_blocks, sm_count), 1, 1], 256, SHRINK_SHARED)
+        let pieces = bounds.pairs.min(bounds.chunks * (CHUNK_ROWS / 8)) * rank_blocks;
+        let blocks = pieces.clamp(1, 2 * u64::from(sm_count.max(1))) as u32;
+        Launch::new([blocks, 1, 1], 256, SHRINK_SHARED)
     }
 }
 
@@ -229,7 +246,7 @@ mod tests {
                         let parts = rows.min(used.max(1));
                         segments += parts;
                         if used > 0 {
-                            // Every segment opens a chunk, and every 32nd row that is not at a border.
+                            // Every segment opens a chunk, and every 64th row that is not at a border.
                             chunks += parts + rows.saturating_sub(1) / CHUNK_ROWS;
                         }
                     }
@@ -275,11 +292,12 @@ mod tests {
             format!("kSortDigit = {SORT_DIGIT};"),
             format!("kSortWarps = {SORT_WARPS};"),
             format!("kTopkWarps = {TOPK_WARPS};"),
+            "kQueueBytes = 12 * 1024;".to_owned(),
+            "kShrinkShared = kShrinkWarps * kQueueBytes;".to_owned(),
             format!("kMeasureThreads = {MEASURE_THREADS};"),
             format!("kPeakThreads = {PEAK_THREADS};"),
             "kPeakShared = kPeakStages * (kPartA + kPartB) + 1024;".to_owned(),
             "kPeakStages = 4;".to_owned(),
-            "kShrinkShared = 4 * 32 * 36 * 4;".to_owned(),
             "kProductShared = 96 * 1024;".to_owned(),
             "kLoraPartsBytes = kTileRows * sizeof(LoraPart);".to_owned(),
             "static_assert(sizeof(LoraPart) == 24".to_owned(),

@@ -27,8 +27,8 @@ mod records;
 pub use decode::{BatchSizes, DecodeAlignParams, DecodeDownParams, DecodeGateUpParams, DecodePlan, Ring};
 pub use launch::{Launch, RouteBounds};
 pub use params::{
-    AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams, PrefillDownParams,
-    PrefillGateUpParams, ReadParams, ShrinkParams, TensorMap, TopkParams,
+    AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams,
+    PrefillDownParams, PrefillGateUpParams, ReadParams, ShrinkParams, TensorMap, TopkParams,
 };
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
@@ -169,6 +169,8 @@ pub enum Kernel {
     Read,
     /// `moe_lora_peak`.
     Peak,
+    /// `moe_lora_align_block`.
+    AlignBlock,
     /// `moe_lora_prefill_gate_up_*`.
     PrefillGateUp(Format),
     /// `moe_lora_prefill_down_*`.
@@ -183,7 +185,7 @@ pub enum Kernel {
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -198,6 +200,7 @@ impl Kernel {
         Self::Noise(Format::F16),
         Self::Read,
         Self::Peak,
+        Self::AlignBlock,
         Self::PrefillGateUp(Format::Bf16),
         Self::PrefillGateUp(Format::F16),
         Self::PrefillDown(Format::Bf16),
@@ -225,11 +228,12 @@ impl Kernel {
             Self::Noise(format) => 10 + second(format),
             Self::Read => 12,
             Self::Peak => 13,
-            Self::PrefillGateUp(format) => 14 + second(format),
-            Self::PrefillDown(format) => 16 + second(format),
-            Self::DecodeAlign => 18,
-            Self::DecodeGateUp(format) => 19 + second(format),
-            Self::DecodeDown(format) => 21 + second(format),
+            Self::AlignBlock => 14,
+            Self::PrefillGateUp(format) => 15 + second(format),
+            Self::PrefillDown(format) => 17 + second(format),
+            Self::DecodeAlign => 19,
+            Self::DecodeGateUp(format) => 20 + second(format),
+            Self::DecodeDown(format) => 22 + second(format),
         }
     }
 
@@ -237,7 +241,7 @@ impl Kernel {
     #[must_use]
     pub const fn family(self) -> Family {
         match self {
-            Self::Topk | Self::Align => Family::Route,
+            Self::Topk | Self::Align | Self::AlignBlock => Family::Route,
             Self::Shrink(_) => Family::Shrink,
             Self::GateUp(_) => Family::GateUp,
             Self::Down(_) => Family::Down,
@@ -258,6 +262,7 @@ impl Kernel {
         match self {
             Self::Topk => "moe_lora_topk",
             Self::Align => "moe_lora_align",
+            Self::AlignBlock => "moe_lora_align_block",
             Self::Shrink(Format::Bf16) => "moe_lora_shrink_bf16",
             Self::Shrink(Format::F16) => "moe_lora_shrink_f16",
             Self::GateUp(Format::Bf16) => "moe_lora_gate_up_bf16",
@@ -287,7 +292,7 @@ impl Kernel {
     pub const fn most_shared_bytes(self) -> u32 {
         match self {
             Self::Topk => launch::topk_shared(launch::MOST_EXPERTS),
-            Self::Align => launch::align_shared(launch::MOST_EXPERTS, u32::MAX),
+            Self::Align | Self::AlignBlock => launch::align_shared(launch::MOST_EXPERTS, u32::MAX),
             Self::Shrink(_) => launch::SHRINK_SHARED,
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
             Self::Combine(_) | Self::Noise(_) | Self::Read => 0,

@@ -127,6 +127,62 @@ params!(
 );
 
 params!(
+    /// Pairs of every slot by expert, padded to whole blocks. Slots that are disabled or not listed: nothing is written.
+    AlignBlockParams, 168, |_| Kernel::AlignBlock, {
+        /// i32 or i64 `[T, k]`.
+        topk_ids: u64,
+        /// i32 `[S + 1]`, ascending: first token of each segment.
+        seg_indptr: u64,
+        /// i32 `[S]`: slot or -1.
+        req_to_lora: u64,
+        /// i32 `[L]`: slots to work on, -1 for none.
+        lora_ids: u64,
+        /// i32 `[L]`.
+        adapter_enabled: u64,
+        /// i32 `[E]` or 0: global to local expert, -1 for none.
+        expert_map: u64,
+        /// i32 `[L, p]`, out.
+        sorted_token_ids: u64,
+        /// i32 `[L, p / block size]`, out.
+        expert_ids: u64,
+        /// i32 `[L]`, out.
+        num_tokens_post_pad: u64,
+        /// u32 `[L]`, scratch.
+        enabled: u64,
+        /// i32 `[T]`, scratch.
+        token_slots: u64,
+        /// u32 `[2, T]`, scratch.
+        order: u64,
+        /// u32 `[T * k]`, scratch.
+        row_pair: u64,
+        /// u32 `[L, E]`, scratch.
+        starts: u64,
+        /// u32 `[L, E]`, scratch.
+        ends: u64,
+        /// u32 `[grid, max(E + 2, 1024)]`, scratch; only for grid > 1.
+        table: u64,
+        /// u32, zeroed once when allocated; only for grid > 1.
+        barrier: u64,
+        /// `topk_ids` are i64.
+        ids_are_i64: u32,
+        /// Tokens, T.
+        num_tokens: u32,
+        /// Experts a token uses, k.
+        top_k: u32,
+        /// Experts, E, at most 1024.
+        num_experts: u32,
+        /// Segments, S.
+        num_segments: u32,
+        /// Adapter slots, L.
+        max_loras: u32,
+        /// Entries of a block.
+        block_size: u32,
+        /// Entries of a slot, p, a multiple of the block size.
+        slot_entries: u32,
+    }
+);
+
+params!(
     /// `s = scale * A x` for every row of every LoRA chunk.
     ShrinkParams, 80, Kernel::Shrink, {
         /// `[*, K]`.

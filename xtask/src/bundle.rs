@@ -40,24 +40,25 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
         ensure!(ours, "{} exists and is no bundle", folder.display());
         fs::remove_dir_all(&folder)?;
     }
+    // First, so that the next run knows this folder even if this run is stopped.
+    fs::create_dir_all(&folder)?;
+    fs::write(folder.join("run.sh"), RUN)?;
+    executable(&folder.join("run.sh"))?;
     let tests = gpu_tests()?;
     for (target, program) in build_tests(&tests)? {
         install(&program, &folder.join("tests").join(format!("{}-{}", target.package, target.name)))?;
     }
     let mut programs = cargo(&["build", "--release", "--message-format", "json-render-diagnostics"]);
-    programs.args(["-p", "moe-lora-cli", "-p", "moe-lora-bench", "--bins"]);
+    programs.args(["-p", "moe-lora-cli", "-p", "moe-lora-bench", "-p", "moe-lora-c"]);
     for (target, program) in executables(&mut programs)? {
         install(&program, &folder.join("bin").join(target.name))?;
     }
-    shell::run(&mut cargo(&["build", "--release", "-p", "moe-lora-c"]))?;
     let library = "libmoe_lora_c.so";
     install(&target().join("release").join(library), &folder.join("lib").join(library))?;
     fs::copy(root().join("crates/moe-lora-c/include/moe_lora.h"), folder.join("lib/moe_lora.h"))?;
     copy(&root().join("crates/moe-lora-bench/peers"), &folder.join("peers"))?;
     copy(&root().join("docs/benchmarks/peers"), &folder.join("peers/rows"))?;
     copy(&root().join("crates/moe-lora/tests/golden"), &folder.join("golden"))?;
-    fs::write(folder.join("run.sh"), RUN)?;
-    executable(&folder.join("run.sh"))?;
     let bytes = size(&folder)?;
     ensure!(bytes < MOST_BYTES, "{} takes {bytes} bytes, at most {MOST_BYTES}", folder.display());
     println!("bundle: {} GPU test programs, {:.1} MB in {}", tests.len(), bytes as f64 / 1e6, folder.display());

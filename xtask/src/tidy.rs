@@ -37,6 +37,7 @@ const UNSAFE: &[&str] = &[
     "crates/moe-lora-cuda/",
     "crates/moe-lora-files/src/map.rs",
     "crates/moe-lora-gemm/src/cpu/simd/",
+    "crates/moe-lora-route/src/cuda/",
     "crates/moe-lora-pool/src/memory/cuda/upload.rs",
     "crates/moe-lora-runner/src/cuda/",
     "kernels/",

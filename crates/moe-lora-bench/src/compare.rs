@@ -52,7 +52,7 @@ impl PeerRow {
 
 /// How many times faster we are than each peer, row by row and as geometric means; everybody's share of the floor and error.
 ///
-/// Plain layers (no adapter) are compared with plain layers. Every side's floor is that of its own batch and card.
+/// Only rows that both sides have count. Plain layers (no adapter) are compared with plain layers. Every side's floor is that of its own batch and card.
 #[must_use]
 pub fn compare(ours: &Peers, peers: &Peers) -> String {
     let names: Vec<&str> = peers.rows.iter().map(|r| r.peer.as_str()).collect::<BTreeSet<_>>().into_iter().collect();
@@ -60,6 +60,7 @@ pub fn compare(ours: &Peers, peers: &Peers) -> String {
     for row in &peers.rows {
         theirs.entry(row.key()).or_default().push(row);
     }
+    let shared: BTreeSet<_> = ours.rows.iter().map(PeerRow::key).filter(|key| theirs.contains_key(key)).collect();
     let mut text = format!("{:<16} {:>5} {:>3} {:>3} {:>9}", "model", "T", "L", "R", "ours us");
     text.extend(names.iter().map(|name| format!(" {name:>22}")));
     text += "   us (times slower)\n";
@@ -97,7 +98,8 @@ pub fn compare(ours: &Peers, peers: &Peers) -> String {
     for (kind, lora) in [("with LoRA", true), ("base only", false)] {
         text += &table(&format!("share of the floor, {kind}"), names.iter().copied().chain([OURS]), |name, band| {
             let side = if name == OURS { ours } else { peers };
-            let chosen = side.rows.iter().filter(|r| (name == OURS || r.peer == name) && r.is(lora, band));
+            let of_side = side.rows.iter().filter(|r| (name == OURS || r.peer == name) && shared.contains(&r.key()));
+            let chosen = of_side.filter(|r| r.is(lora, band));
             let shares = chosen.map(|r| r.touched.floor_us(&side.card.ceilings) / r.us);
             geometric_mean(shares).map(|m| format!("{:.0}%", 100.0 * m))
         });

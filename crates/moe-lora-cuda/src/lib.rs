@@ -43,7 +43,7 @@ pub use memory::{ALIGNMENT, DeviceBuffer, Layout, PinnedBuffer};
 pub use nodes::GraphKernel;
 pub use probe::DeviceInfo;
 pub use stream::{Event, Graph, Stream};
-pub use tensor_map::{decode_down, decode_gate_up, Dimension, prefill_down, prefill_gate_up, tensor_map};
+pub use tensor_map::{Dimension, decode_down, decode_gate_up, prefill_down, prefill_gate_up, tensor_map};
 
 pub use cudarc;
 

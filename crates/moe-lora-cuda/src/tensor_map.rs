@@ -4,7 +4,8 @@ use crate::GpuError;
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::{self, CUtensorMapDataType as Type};
 use moe_lora_kernels::{
-    DecodeDownParams, DecodeGateUpParams, DecodePlan, DownParams, Format, GateUpParams, PrefillDownParams, PrefillGateUpParams, TensorMap,
+    DecodeDownParams, DecodeGateUpParams, DecodePlan, DownParams, Format, GateUpParams, PrefillDownParams,
+    PrefillGateUpParams, TensorMap,
 };
 
 /// One dimension of a tensor and of the boxes that are copied from it.

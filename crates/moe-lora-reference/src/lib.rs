@@ -27,7 +27,7 @@ mod rounding;
 pub mod strategies;
 
 pub use layer::{LayerInput, forward, forward_rounded};
-pub use rounding::{Exact, Rounding, RoundingPoint, to_dtype};
+pub use rounding::{Exact, GpuRounding, Rounding, RoundingPoint, to_dtype};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

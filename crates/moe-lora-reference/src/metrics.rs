@@ -62,6 +62,17 @@ pub fn share_within_ulps(found: &[f64], reference: &[f64], width: usize, mantiss
     within as f64 / found.len() as f64
 }
 
+/// Whether 99.9 % of all values are [`within`](share_within_ulps) 2 units of the twin; of few values one may lie further off,
+/// where a rounding in between fell to the other side.
+///
+/// # Panics
+/// If the lengths differ or are not multiples of `width`.
+#[must_use]
+pub fn is_near_twin(found: &[f64], twin: &[f64], width: usize, mantissa_bits: i32) -> bool {
+    let outside = (1.0 - share_within_ulps(found, twin, width, mantissa_bits, 2.0)) * found.len() as f64;
+    outside <= 1.0_f64.max(found.len() as f64 / 1000.0) + 1e-6
+}
+
 fn subtract(a: &[f64], b: &[f64]) -> Vec<f64> {
     assert_eq!(a.len(), b.len(), "results of different length");
     a.iter().zip(b).map(|(a, b)| a - b).collect()
@@ -94,5 +105,6 @@ mod tests {
         assert!((delta_error(&[2.0], &[1.0], &[3.0], &[1.0]) - 0.5).abs() < 1e-15);
         assert_eq!(share_within_ulps(&[1.0 + 2.0 / 128.0], &[1.0], 1, 7, 2.0), 1.0);
         assert_eq!(share_within_ulps(&[1.0 + 2.1 / 128.0], &[1.0], 1, 7, 2.0), 0.0);
+        assert!(is_near_twin(&[1.0, 1.1], &[1.0; 2], 2, 7) && !is_near_twin(&[1.1, 1.1], &[1.0; 2], 2, 7));
     }
 }

@@ -40,6 +40,31 @@ impl<F: Fn(RoundingPoint, f64) -> f64 + Sync> Rounding for F {
     }
 }
 
+/// Where this project's GPU kernels round (`docs/numerics.md`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GpuRounding {
+    /// The format of weights and activations.
+    pub dtype: DType,
+    /// `y_j` stays f32 until the sum over experts.
+    pub expert_outputs_f32: bool,
+}
+
+impl Rounding for GpuRounding {
+    fn round(&self, point: RoundingPoint, value: f64) -> f64 {
+        match point {
+            // The sum of two numbers of the format.
+            RoundingPoint::GateUpShrink | RoundingPoint::DownShrink => {
+                let first = to_dtype(value, self.dtype);
+                first + to_dtype(value - first, self.dtype)
+            }
+            RoundingPoint::ExpertOutput if self.expert_outputs_f32 => value,
+            RoundingPoint::Intermediate | RoundingPoint::ExpertOutput | RoundingPoint::Output => {
+                to_dtype(value, self.dtype)
+            }
+        }
+    }
+}
+
 /// Rounds to nearest even in a storage format.
 ///
 /// The halves are reached through f32, as on every device: accumulators are f32 and are rounded from there.

@@ -55,11 +55,29 @@ pub fn adapter_mix() -> impl Strategy<Value = AdapterMix> {
     ]
 }
 
+/// Layers of up to 9 experts and sizes that GPUs take: multiples of 8 up to 400.
+pub fn gpu_layer_shape() -> impl Strategy<Value = LayerShape> {
+    let size = || prop_oneof![(1_usize..12).prop_map(|n| 8 * n), (1_usize..51).prop_map(|n| 8 * n)];
+    (1_usize..10, size(), size()).prop_flat_map(|(experts, hidden, intermediate)| {
+        (1..=experts.min(4))
+            .prop_filter_map("a valid shape", move |top_k| LayerShape::new(experts, top_k, hidden, intermediate).ok())
+    })
+}
+
 /// Everything at once, with weights and hidden states in `dtype`.
 pub fn case(dtype: DType) -> impl Strategy<Value = Case> {
+    case_of(dtype, layer_shape(), 40)
+}
+
+/// [`case`] for GPUs, of up to 299 tokens.
+pub fn gpu_case(dtype: DType) -> impl Strategy<Value = Case> {
+    case_of(dtype, gpu_layer_shape(), 300)
+}
+
+fn case_of(dtype: DType, shape: impl Strategy<Value = LayerShape>, tokens: usize) -> impl Strategy<Value = Case> {
     let placement = prop_oneof![Just(RouterWeightPlacement::Output), Just(RouterWeightPlacement::Input)];
-    let layer = (layer_shape(), activation(), any::<bool>(), any::<bool>(), placement, 0.25_f32..3.0);
-    let batch = (0_usize..40, routing_mix(), proptest::collection::vec(adapter_spec(), 0..6), adapter_mix());
+    let layer = (shape, activation(), any::<bool>(), any::<bool>(), placement, 0.25_f32..3.0);
+    let batch = (0..tokens, routing_mix(), proptest::collection::vec(adapter_spec(), 0..6), adapter_mix());
     (layer, batch, any::<u64>()).prop_map(move |(layer, batch, seed)| {
         let (shape, activation, bias, interleaved, router_weight, routed_scaling_factor) = layer;
         let (tokens, routing, adapters, mix) = batch;

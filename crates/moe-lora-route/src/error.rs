@@ -9,6 +9,10 @@ pub enum RouteError {
     /// Something handed in is not what it has to be.
     #[error(transparent)]
     Input(#[from] InputError),
+    /// The GPU failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Gpu(#[from] moe_lora_cuda::GpuError),
 }
 
 /// Checks the length of an argument.

@@ -3,10 +3,11 @@
 //! [`route`] turns hidden vectors into the experts and weights of every token, as the models' own code in Hugging Face
 //! `transformers` does; [`topk`] does so from logits. [`Aligner`] then sorts all (token, expert) pairs by expert and
 //! adapter into the [`RowMap`](moe_lora_core::RowMap) that every later stage reads. Engines that work with padded
-//! blocks find the format of the reference system (SGLang) in [`moe_lora_align_block_size`].
+//! blocks find the format of the reference system (SGLang) in [`moe_lora_align_block_size`], and on NVIDIA GPUs in
+//! `CudaAlignBlock` (feature `cuda`, on by default).
 //!
-//! Everything here runs on the CPU and is deterministic: equal inputs give equal bits, and a token's result does not
-//! depend on the batch around it.
+//! Everything here is deterministic: equal inputs give equal bits, and a token's result does not depend on the batch
+//! around it.
 //!
 //! # Example
 //!
@@ -28,15 +29,19 @@
 //! assert_eq!(segments, [(0, 5, 0..1), (1, -1, 1..2), (1, 5, 2..3), (2, -1, 3..4), (2, 5, 4..5), (3, 5, 5..6)]);
 //! # Ok::<(), moe_lora_route::RouteError>(())
 //! ```
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 
 pub use cpu::{
     AlignBlockInput, AlignBlockOutput, Aligner, max_num_tokens_padded, moe_lora_align_block_size, route, router_logits,
     topk,
 };
+#[cfg(feature = "cuda")]
+pub use cuda::{AlignBlockAddresses, AlignBlockLimits, CudaAlignBlock};
 pub use error::RouteError;
 
 #[cfg(doctest)]

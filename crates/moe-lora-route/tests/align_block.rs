@@ -1,4 +1,4 @@
-//! The reference system's block format: its test grid, with the checks its tests lack.
+//! The reference system's block format: its test grid, with the checks its tests lack, on the CPU and the GPU.
 #![allow(clippy::unwrap_used)] // Helpers of tests are test code too.
 
 use moe_lora_route::{AlignBlockInput, AlignBlockOutput, RouteError, max_num_tokens_padded, moe_lora_align_block_size};
@@ -79,6 +79,8 @@ impl Case {
             num_tokens_post_pad: vec![POISON; self.max_loras],
         };
         let result = moe_lora_align_block_size(self.input(), blocks.output());
+        #[cfg(feature = "cuda")]
+        gpu::same_on_the_gpu(self.input(), entries, result.as_ref().map(|()| &blocks));
         if result.is_err() {
             assert!(blocks.sorted_token_ids.iter().chain(&blocks.expert_ids).all(|&n| n == POISON));
             assert!(blocks.num_tokens_post_pad.iter().all(|&n| n == POISON));
@@ -230,6 +232,8 @@ fn block_sizes_and_i64_ids() {
         };
         moe_lora_align_block_size(input, again.output()).unwrap();
         assert_eq!(again, blocks);
+        #[cfg(feature = "cuda")]
+        gpu::same_on_the_gpu(input, case.entries(), Ok(&blocks));
     }
 }
 
@@ -327,4 +331,153 @@ fn padded_sizes() {
     assert!(max_num_tokens_padded(1, 1, 0).is_err());
     assert!(max_num_tokens_padded(usize::MAX, 1, 2).is_err());
     assert!(max_num_tokens_padded(1, usize::MAX, 16).is_err());
+}
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::{Blocks, Case, POISON};
+    use moe_lora_cuda::{DeviceBuffer, Gpu, testing};
+    use moe_lora_route::{AlignBlockAddresses, AlignBlockInput, AlignBlockLimits, CudaAlignBlock, RouteError};
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    fn gpu() -> Option<&'static Gpu> {
+        static GPU: OnceLock<Option<Gpu>> = OnceLock::new();
+        GPU.get_or_init(|| testing::gpu("the block format")).as_ref()
+    }
+
+    impl Blocks {
+        fn poisoned(max_loras: usize, entries: usize, block_size: usize) -> Self {
+            Self {
+                sorted_token_ids: vec![POISON; max_loras * entries],
+                expert_ids: vec![POISON; max_loras * entries / block_size],
+                num_tokens_post_pad: vec![POISON; max_loras],
+            }
+        }
+    }
+
+    /// The GPU gives what the CPU gave, twice with one workspace, or refuses with the same words.
+    pub(crate) fn same_on_the_gpu<I: Copy + Into<i64> + bytemuck::NoUninit>(
+        input: AlignBlockInput<'_, I>,
+        entries: usize,
+        want: Result<&Blocks, &RouteError>,
+    ) {
+        // Sanitizers are slow: `MOE_LORA_CASES` limits the number of cases.
+        static CASES: AtomicUsize = AtomicUsize::new(0);
+        let most = std::env::var("MOE_LORA_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(usize::MAX);
+        let Some(gpu) = gpu().filter(|_| CASES.fetch_add(1, Ordering::Relaxed) < most) else { return };
+        let AlignBlockInput { top_k, num_experts, max_loras, block_size, .. } = input;
+        let limits = AlignBlockLimits { tokens: input.topk_ids.len().div_ceil(top_k), top_k, num_experts, max_loras };
+        let mut aligner = CudaAlignBlock::new(gpu, limits).unwrap();
+        for _ in 0..2 {
+            let mut blocks = Blocks::poisoned(max_loras, entries, block_size);
+            let result = aligner.align(input, blocks.output());
+            match want {
+                Ok(want) => assert!(result.is_ok() && &blocks == want, "{result:?}"),
+                Err(want) => assert_eq!(&result.unwrap_err(), want),
+            }
+        }
+    }
+
+    /// A million pairs; more slots than a sort's digit has bins; a workspace larger than the batch.
+    #[test]
+    fn large_batches() {
+        let mut rng = fastrand::Rng::with_seed(8);
+        for (tokens, top_k, experts, slots) in [(131_072, 8, 256, 8), (4096, 8, 1024, 3), (3000, 2, 4, 3000)] {
+            Case::new(&mut rng, tokens, top_k, experts, slots).run().unwrap();
+        }
+        let Some(gpu) = gpu() else { return };
+        let limits = AlignBlockLimits { tokens: 5000, top_k: 6, num_experts: 64, max_loras: 4 };
+        let mut aligner = CudaAlignBlock::new(gpu, limits).unwrap();
+        for tokens in [5000, 1, 300, 0] {
+            let case = Case::new(&mut rng, tokens, 6, 64, 4);
+            let want = case.run().unwrap();
+            let mut found = Blocks::poisoned(4, case.entries(), 16);
+            aligner.align(case.input(), found.output()).unwrap();
+            assert_eq!(found, want, "{tokens}");
+        }
+        let case = Case::new(&mut rng, 5001, 6, 64, 4);
+        let mut found = Blocks::poisoned(4, case.entries(), 16);
+        assert!(aligner.align(case.input(), found.output()).is_err());
+        let error = aligner.align(Case::new(&mut rng, 9, 5, 64, 4).input(), found.output()).unwrap_err();
+        assert!(error.to_string().contains("sorted_token_ids") || error.to_string().contains("k, E, L"), "{error}");
+    }
+
+    /// Numbers that no check on the host has seen: every one that makes sense is placed, nothing is written elsewhere.
+    #[test]
+    fn nonsense_on_the_gpu_is_skipped() {
+        let Some(gpu) = gpu() else { return };
+        let stream = gpu.stream().unwrap();
+        let mut rng = fastrand::Rng::with_seed(9);
+        let (top_k, num_experts, max_loras, block_size) = (4, 8, 3, 16);
+        for round in 0..40 {
+            let tokens = [1, 50, 2000][round % 3];
+            let mut case = Case { block_size, ..Case::new(&mut rng, tokens, top_k, num_experts, max_loras) };
+            let wild = |rng: &mut fastrand::Rng, values: &mut [i32]| {
+                for value in values {
+                    if rng.u8(0..4) == 0 {
+                        *value = [i32::MIN, -2, i32::MAX, 1000, rng.i32(..)][rng.usize(0..5)];
+                    }
+                }
+            };
+            wild(&mut rng, &mut case.ids);
+            wild(&mut rng, &mut case.req_to_lora);
+            wild(&mut rng, &mut case.lora_ids);
+            if round % 2 == 1 {
+                wild(&mut rng, &mut case.seg_indptr);
+                case.expert_map = Some((0..8).map(|e| [e, -1, 8, i32::MAX, i32::MIN][rng.usize(0..5)]).collect());
+            }
+            // Too small for some of these batches, too.
+            let entries = if round % 4 == 0 { 2 * block_size } else { case.entries() };
+            let guard = 64;
+            let upload = |values: &[i32]| -> DeviceBuffer {
+                let buffer = gpu.alloc(size_of_val(values)).unwrap();
+                stream.upload(&buffer, 0, values).unwrap();
+                buffer
+            };
+            let sizes = [max_loras * entries, max_loras * entries / block_size, max_loras];
+            let outputs = sizes.map(|n| upload(&vec![POISON; n + 2 * guard]));
+            let [ids, starts, slots, listed, enabled] =
+                [&case.ids, &case.seg_indptr, &case.req_to_lora, &case.lora_ids, &case.adapter_enabled]
+                    .map(|v| upload(v));
+            let map = case.expert_map.as_ref().map(|map| upload(map));
+            let at = |n: usize| outputs[n].address() + 4 * guard as u64;
+            let limits = AlignBlockLimits { tokens, top_k, num_experts, max_loras };
+            let aligner = CudaAlignBlock::new(gpu, limits).unwrap();
+            let batch = AlignBlockAddresses {
+                topk_ids: ids.address(),
+                ids_are_i64: false,
+                seg_indptr: starts.address(),
+                req_to_lora: slots.address(),
+                lora_ids: listed.address(),
+                adapter_enabled: enabled.address(),
+                expert_map: map.as_ref().map_or(0, DeviceBuffer::address),
+                sorted_token_ids: at(0),
+                expert_ids: at(1),
+                num_tokens_post_pad: at(2),
+                num_tokens: tokens,
+                num_segments: case.req_to_lora.len(),
+                block_size,
+                slot_entries: entries,
+            };
+            // SAFETY: all arrays are buffers above, of these sizes, and live until the downloads have waited.
+            unsafe { aligner.launch(&stream, &batch) }.unwrap();
+            let found = [0, 1, 2].map(|n| {
+                let mut all = vec![0; sizes[n] + 2 * guard];
+                stream.download(&outputs[n], 0, &mut all).unwrap();
+                let outside = all[..guard].iter().chain(&all[guard + sizes[n]..]);
+                assert!(outside.copied().all(|v| v == POISON), "round {round}: output {n}");
+                all[guard..guard + sizes[n]].to_vec()
+            });
+            let mut seen = vec![false; case.ids.len()];
+            for (at, &pair) in found[0].iter().enumerate().filter(|&(_, &v)| v != POISON && v != case.ids.len() as i32)
+            {
+                assert!(!std::mem::replace(&mut seen[pair as usize], true), "round {round}: pair {pair} twice");
+                let expert = case.ids[pair as usize];
+                assert!((0..8).contains(&expert), "round {round}");
+                let local = case.expert_map.as_ref().map_or(expert, |map| map[expert as usize]);
+                assert_eq!(found[1][at / block_size], local, "round {round}");
+            }
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! The parameter grids of SGLang's and vLLM's own tests (fused MoE-LoRA kernel and runner), with what theirs lack: signed
-//! data, mixed and odd ranks, base tokens, missing parts, and bounds that a missing adapter cannot pass.
+//! data, mixed and odd ranks, base tokens, missing parts, and bounds that a missing adapter cannot pass. On the GPU too, if
+//! `moe_lora_cuda::testing::gpu` finds one.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
 
 mod support;

@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 
+#include "params.cuh"
 #include "ptx/grid.cuh"
 
 constexpr int kSortWarps = 16;
@@ -119,4 +120,22 @@ __device__ void counting_sort(uint32_t n, uint32_t bins, uint32_t* starts, uint3
         __syncwarp();
     }
     sort_barrier(barrier);
+}
+
+// Sorts 0..n by key(i) in 0..num_keys, a digit at a time, lowest first; returns the list of i, in one of the halves of
+// order [2, n], or null where there is one key only: then it is 0..n itself. Shared memory as for a counting_sort of a digit.
+template <class Key>
+__device__ const uint32_t* digit_sort(uint32_t n, uint32_t num_keys, uint32_t* order, uint32_t* shared, uint32_t* table,
+                                      uint32_t* barrier, Key key) {
+    const uint32_t* from = nullptr;
+    for (uint32_t shift = 0; shift < 32 && ((num_keys - 1) >> shift) > 0; shift += 10) {
+        uint32_t* next = order + static_cast<size_t>(shift / 10 % 2) * n;
+        const uint32_t bins = min(static_cast<uint32_t>(kSortDigit), ((num_keys - 1) >> shift) + 1);
+        counting_sort(
+            n, bins, shared, shared + bins + 1, table, barrier,
+            [&](uint32_t i) { return (key(from == nullptr ? i : __ldcg(from + i)) >> shift) % kSortDigit; },
+            [&](uint32_t i, uint32_t to) { next[to] = from == nullptr ? i : __ldcg(from + i); });
+        from = next;
+    }
+    return from;
 }

@@ -130,27 +130,36 @@ __device__ __forceinline__ void tile_product(float (&sum)[Shape::kM16][Shape::kN
     const auto fill_lora = [&](uint32_t step) {
         wait_for_previous_launch();  // it writes S
         const uint32_t stage = ring + step % Shape::kStages * Shape::kStageBytes;
+        // Every thread copies 16 bytes of one place's B (or none) and of one place's S.
+        LoraWalk weight_place, token_place;
+        bool weight_exists = false, token_exists = false;
 #pragma unroll
         for (int place = 0; place < Lora::kPlaces; ++place) {
             const bool exists = filled.find(lora);
             if (copy_chunk / 2 == place) {
-#pragma unroll
-                for (int i = 0; i < kWeightCopies; ++i) {
-                    const uint32_t row = copy_row + 32 * i, rank = filled.rank + copy_chunk % 2 * 8;
-                    const T* from = lora.b(filled.part, kSplit ? i / 2 : 0, kSplit ? row % 64 : row, rank);
-                    cp_async(stage + write + 32 * i * kTileRowBytes, from, exists && from != nullptr);
-                }
+                weight_place = filled;
+                weight_exists = exists;
             }
             if (kSplit || copy_chunk / 4 == place) {
-#pragma unroll
-                for (int i = 0; i < kTokenCopies; ++i) {
-                    if (Shape::kN % 32 != 0 && copy_row + 32 * i >= Shape::kN) break;
-                    const uint32_t rank = filled.rank + copy_chunk % 4 * 4;
-                    const uint32_t* from = lora.s(filled.part, kSplit ? copy_chunk / 4 : 0, copy_row + 32 * i, rank);
-                    cp_async(stage + (kWeightRows + 32 * i) * kTileRowBytes + write, from, exists && from != nullptr);
-                }
+                token_place = filled;
+                token_exists = exists;
             }
             filled.rank += 16;
+        }
+        if (copy_chunk / 2 < Lora::kPlaces) {
+#pragma unroll
+            for (int i = 0; i < kWeightCopies; ++i) {
+                const uint32_t row = copy_row + 32 * i, rank = weight_place.rank + copy_chunk % 2 * 8;
+                const T* from = lora.b(weight_place.part, kSplit ? i / 2 : 0, kSplit ? row % 64 : row, rank);
+                cp_async(stage + write + 32 * i * kTileRowBytes, from, weight_exists && from != nullptr);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kTokenCopies; ++i) {
+            if (Shape::kN % 32 != 0 && copy_row + 32 * i >= Shape::kN) break;
+            const uint32_t rank = token_place.rank + copy_chunk % 4 * 4;
+            const uint32_t* from = lora.s(token_place.part, kSplit ? copy_chunk / 4 : 0, copy_row + 32 * i, rank);
+            cp_async(stage + (kWeightRows + 32 * i) * kTileRowBytes + write, from, token_exists && from != nullptr);
         }
     };
 

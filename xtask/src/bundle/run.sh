@@ -5,7 +5,8 @@
 #   ./run.sh sanitize [TOOL]...    the tests on few, small cases under compute-sanitizer: memcheck initcheck synccheck racecheck
 #   ./run.sh bench [ARGUMENT]...   times and shares of the floor, as `bin/moe-lora-bench gpu --help` says
 #   ./run.sh peers [ARGUMENT]...   the same layers through the C library and PyTorch (`peers/bench_peer.py` has the arguments),
-#                                  beside rows of other systems; ROWS=peers.json is where they are kept
+#                                  beside rows of other systems; ROWS=peers.json is where they are kept; with VLLM=FOLDER
+#                                  (made by `peers/prepare.py vllm FOLDER`) vLLM runs, too
 #   ./run.sh all [ARGUMENT]...     one after the other; the arguments are those of bench
 #
 # TESTS="moe-lora-cuda-* moe-lora-layer-cuda" chooses programs, FILTER="graph" tests in them, LIMIT=300 ends a program
@@ -44,10 +45,12 @@ run_sanitizers() {
   export MOE_LORA_CASES=${MOE_LORA_CASES:-3}
   [ $# -gt 0 ] || set -- memcheck initcheck synccheck racecheck
   for tool; do
+    # Some tests ask the driver for what it must refuse.
+    local options=(--tool "$tool" --target-processes all --error-exitcode 9)
+    [ "$tool" != memcheck ] || options+=(--report-api-errors no)
     for program in $(programs); do
       # The command starts programs of its own; the sanitizers follow them.
-      checked "$tool ${program#tests/}" "$sanitizer" --tool "$tool" --target-processes all --error-exitcode 9 \
-        "$program" --test-threads 1 ${FILTER:-}
+      checked "$tool ${program#tests/}" "$sanitizer" "${options[@]}" "$program" --test-threads 1 ${FILTER:-}
     done
   done
 }
@@ -61,8 +64,12 @@ case $command in
   bench) bin/moe-lora-bench gpu "$@" || failed=1 ;;
   peers)
     rows=${ROWS:-peers.json}
+    others=(peers/rows/*.json)
     ${PYTHON:-python3} peers/bench_peer.py moe_lora "$rows" "$@" || failed=1
-    for others in peers/rows/*.json; do bin/moe-lora-bench compare "$rows" "$others" || failed=1; done
+    if [ -n "${VLLM:-}" ]; then
+      ${PYTHON:-python3} peers/bench_peer.py vllm vllm.json "$@" && others=(vllm.json "${others[@]}") || failed=1
+    fi
+    for file in "${others[@]}"; do bin/moe-lora-bench compare "$rows" "$file" || failed=1; done
     ;;
   all)
     run_tests

@@ -8,7 +8,8 @@ use moe_lora_cuda::{
 };
 use moe_lora_kernels::{
     AdapterEntry, AlignParams, BatchSizes, CombineParams, DecodeAlignParams, DecodeDownParams, DecodePlan,
-    DeviceSegment, DownParams, Format, GateUpParams, Kernel, PrefillGateUpParams, RouteBounds, RouteCounts, RowTile, ShrinkParams,
+    DeviceSegment, DownParams, Format, GateUpParams, Kernel, PrefillGateUpParams, RouteBounds, RouteCounts, RowTile,
+    ShrinkParams,
 };
 use moe_lora_reference::random::Case;
 
@@ -96,7 +97,7 @@ impl Batch {
             pair_row: layout.add::<i32>(pairs),
             segments: layout.add::<DeviceSegment>(bounds.segments as usize),
             tiles: layout.add::<RowTile>(bounds.tiles as usize + pairs.min(2048) / 16),
-            chunks: layout.add::<DeviceSegment>(bounds.chunks as usize),
+            chunks: layout.add::<DeviceSegment>(bounds.chunks as usize + pairs.min(2048) / 16),
             counts: layout.add::<RouteCounts>(1),
             order: layout.add::<u32>(2 * tokens),
             table: layout.add::<u8>(table),

@@ -128,7 +128,7 @@ impl<I: Copy + Into<i64>> AlignBlockInput<'_, I> {
 }
 
 /// Checks everything and returns the entries of a slot, p.
-fn check<I: Copy + Into<i64>>(
+pub(crate) fn check<I: Copy + Into<i64>>(
     input: &AlignBlockInput<'_, I>,
     output: &AlignBlockOutput<'_>,
 ) -> Result<usize, RouteError> {

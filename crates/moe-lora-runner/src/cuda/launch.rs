@@ -1,15 +1,15 @@
 //! The launches of one layer, from the raw door's struct.
 #![allow(unsafe_code, reason = "kernels check nothing; why each launch is sound is said where it is")]
 
-use super::{decode, prefill};
 use super::raw::{DTYPE_F16, DTYPE_F32, ForwardArgs, check_sizes};
 use super::workspace::Workspace;
+use super::{decode, prefill};
 use crate::RunnerError;
 use moe_lora_core::{InputError, LayerShape};
 use moe_lora_cuda::{Gpu, GpuError, Stream, prefill_down, prefill_gate_up};
 use moe_lora_kernels::{
-    AlignParams, CombineParams, DecodePlan, DownParams, Format, GateUpParams, KernelParams, Launch, PrefillGateUpParams,
-    RouteCounts, ShrinkParams,
+    AlignParams, CombineParams, DecodePlan, DownParams, Format, GateUpParams, KernelParams, Launch,
+    PrefillGateUpParams, RouteCounts, ShrinkParams,
 };
 
 /// Bytes of workspace that suffice for every [`forward`] on `gpu` of a layer of these sizes with up to `max_tokens` tokens

@@ -7,6 +7,9 @@
     reason = "each test file uses its part of this, and may panic"
 )]
 
+#[cfg(feature = "cuda")]
+pub mod gpu;
+
 use half::{bf16, f16};
 use moe_lora_core::{AdapterTable, DType, Element};
 use moe_lora_reference::metrics::{delta_error, delta_share, relative_error, worst_row_error};
@@ -66,7 +69,7 @@ pub fn bound(dtype: DType) -> f64 {
 }
 
 /// Checks a case against the truth with the bounds of `docs/numerics.md`: the whole output, its worst row, and what the
-/// adapters changed.
+/// adapters changed; on the GPU too, if there is one.
 #[track_caller]
 pub fn check(case: &Case) {
     let (found, truth) = (run(case), case.truth().unwrap());
@@ -81,4 +84,6 @@ pub fn check(case: &Case) {
         let delta = delta_error(&found, &base, &truth, &base_truth);
         assert!(delta <= DELTA_BOUND, "error of the adapters' change {delta:.2e}: {:?}", case.spec);
     }
+    #[cfg(feature = "cuda")]
+    assert_eq!(gpu::broken(case), None, "on the GPU: {:?}", case.spec);
 }

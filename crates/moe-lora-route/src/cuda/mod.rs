@@ -1,0 +1,5 @@
+//! The CUDA backend.
+
+mod align_block;
+
+pub use align_block::{AlignBlockAddresses, AlignBlockLimits, CudaAlignBlock};
