@@ -230,7 +230,7 @@ __device__ __forceinline__ void decode_down_kernel(const DecodeDownParams& p) {
         if (threadIdx.x % 32 == 0) bring_weights(p, job, stream);
         __syncwarp();
     } else {
-        const Chunks first(p, 0, job.turns.groups > 0 ? job.turns.end_of_group(0) : 0, job.rank);
+        const Chunks first(p, 0, job.turns.chunks, job.rank);
         shrink_chunks<T>(p, num_chunks, partial);
         bring_lora<T>(p, lora, job.turns, job.rank, job.first_feature, first);
     }

@@ -85,7 +85,7 @@ impl DecodePlan {
         let fits = (1..=MOST_TOKENS).contains(&sizes.num_tokens)
             && pairs <= MOST_PAIRS
             && sizes.num_experts <= crate::launch::MOST_EXPERTS
-            && (sizes.num_slots == 0 || sizes.max_rank <= MOST_RANK)
+            && sizes.max_rank <= MOST_RANK
             && sizes.num_slots <= MOST_SLOTS;
         let cluster = Self::cluster(sizes.hidden_size, sm_count)?;
         let tile_rows = Self::tile_rows(pairs, sizes);
@@ -330,10 +330,8 @@ mod tests {
     fn what_does_not_fit_has_no_plan() {
         let fits = |sizes: BatchSizes| DecodePlan::new(&sizes, 132).is_some();
         assert!(fits(qwen3(1)) && fits(qwen3(256)) && !fits(qwen3(0)) && !fits(qwen3(257)));
-        assert!(
-            !fits(BatchSizes { max_rank: 72, ..qwen3(4) })
-                && fits(BatchSizes { max_rank: 72, num_slots: 0, ..qwen3(4) })
-        );
+        // With slots or without: base rows have the same bits.
+        assert!([0, 8].iter().all(|&num_slots| !fits(BatchSizes { max_rank: 72, num_slots, ..qwen3(4) })));
         assert!(!fits(BatchSizes { hidden_size: 64 * 133, ..qwen3(4) }));
         assert!(!fits(BatchSizes { top_k: 9, ..qwen3(256) }) && !fits(BatchSizes { num_slots: 1 << 16, ..qwen3(4) }));
         assert!(!fits(BatchSizes { num_experts: 1025, ..qwen3(4) }));

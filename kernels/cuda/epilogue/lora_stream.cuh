@@ -126,7 +126,7 @@ struct Turns {
     __device__ __forceinline__ Turns(const DecodeDownParams& p, uint32_t tiles, uint32_t num_chunks, uint32_t rank, uint32_t tile_bytes)
         : tiles(tiles), chunks(num_chunks > rank ? (num_chunks - rank - 1) / p.cluster + 1 : 0) {
         const uint32_t alone = min(tiles, max(tiles / 2, kBytesBeforeLora / tile_bytes));
-        groups = min(max((tiles - alone) / 2, 1u), chunks);
+        groups = min(max((tiles - alone) / 2, 1u), (chunks + kUnitsTogether - 1) / kUnitsTogether);
         before = groups > 0 ? tiles - 2 * (groups - 1) : tiles;
         count = tiles + groups;
     }
@@ -195,29 +195,33 @@ __device__ __forceinline__ void bring_lora(const DecodeDownParams& p, LoraRing r
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x % kShrinkThreads / 32;
     const uint32_t features = min(kStreamRows, p.hidden_size - first_feature);
     bool ready = false;
+    Chunks now = next;
     for (uint32_t group = 0, first = 0; group < turns.groups; ++group) {
         const uint32_t end = turns.end_of_group(group);
 #pragma unroll 1
-        for (; first < end; first = min(first + 32, end)) {
-            const Chunks now = next;
-            // What comes next: the rest of this group, or the next one.
-            const uint32_t following = min(first + 32, end);
-            const uint32_t its_end = following < end ? end : group + 1 < turns.groups ? turns.end_of_group(group + 1) : following;
-            next = Chunks(p, following, its_end, rank);
-            uint32_t through = now.units();  // units of this lane's chunk and those before
+        while (first < end) {
+            if (first % 32 == 0) {
+                now = next;
+                next = Chunks(p, first + 32, turns.chunks, rank);
+            }
+            // Of the chunks that the lanes hold, those of this group.
+            const uint32_t from_lane = first % 32, to_lane = min(from_lane + end - first, 32u);
+            const uint32_t own = lane >= from_lane && lane < to_lane ? now.units() : 0;
+            first += to_lane - from_lane;
+            uint32_t through = own;  // units of this lane's chunk and those before
 #pragma unroll
             for (int d = 1; d < 32; d *= 2) {
                 const uint32_t other = __shfl_up_sync(0xffffffffu, through, d);
                 if (lane >= d) through += other;
             }
             const uint32_t total = __shfl_sync(0xffffffffu, through, 31);
-            const bool ends = following == end;
+            const bool ends = first == end;
             for (uint32_t base = 0; base < total || (base == 0 && ends); base += p.lora_units) {
                 ring.wait_empty();
                 const uint32_t count = min(p.lora_units, total - base), full = ring.full + 8 * ring.stage;
                 for (uint32_t unit = warp; unit < count; unit += kShrinkThreads / 32) {
                     const int from = __ffs(__ballot_sync(0xffffffffu, through > base + unit)) - 1;
-                    const uint32_t before = __shfl_sync(0xffffffffu, through - now.units(), from);
+                    const uint32_t before = __shfl_sync(0xffffffffu, through - own, from);
                     const uint32_t ranks = (__shfl_sync(0xffffffffu, now.entry.rank, from) + 7) / 8 * 8;
                     const float scale = __shfl_sync(0xffffffffu, now.entry.scale, from);
                     const uint32_t row = __shfl_sync(0xffffffffu, now.chunk.first_row, from) + (base + unit - before) * kUnitRows;

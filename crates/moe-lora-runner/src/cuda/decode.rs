@@ -5,8 +5,10 @@ use super::raw::{DTYPE_F32, ForwardArgs};
 use moe_lora_cuda::{Gpu, GpuError, decode_down, decode_gate_up};
 use moe_lora_kernels::{BatchSizes, DecodeAlignParams, DecodeDownParams, DecodePlan, Format, Kernel};
 
-/// Rows of an expert, on average, up to which these launches are faster than products of larger tiles: see docs/kernels.md.
+/// Rows of an expert, on average, up to which these launches are faster than products of larger tiles, and (token, expert) pairs up
+/// to which that is so with adapters too: see docs/kernels.md.
 const MOST_ROWS: u64 = 16;
+const MOST_PAIRS: u64 = 512;
 
 /// The plan of a batch that takes this path: a function of sizes, layout and GPU, never of routing or adapters.
 pub(super) fn plan(gpu: &Gpu, format: Format, args: &ForwardArgs) -> Option<DecodePlan> {
@@ -15,7 +17,8 @@ pub(super) fn plan(gpu: &Gpu, format: Format, args: &ForwardArgs) -> Option<Deco
 }
 
 fn few_rows(args: &ForwardArgs) -> bool {
-    u64::from(args.num_tokens) * u64::from(args.top_k) <= MOST_ROWS * u64::from(args.num_experts)
+    let pairs = u64::from(args.num_tokens) * u64::from(args.top_k);
+    pairs <= MOST_PAIRS.min(MOST_ROWS * u64::from(args.num_experts))
 }
 
 const fn sizes(args: &ForwardArgs) -> BatchSizes {
@@ -62,8 +65,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn few_rows_of_an_expert_take_this_path() {
-        for (top_k, num_experts, most) in [(8, 128, 256), (8, 256, 512), (2, 8, 64), (4, 32, 128)] {
+    fn few_rows_of_an_expert_and_few_pairs_take_this_path() {
+        for (top_k, num_experts, most) in [(8, 128, 64), (8, 256, 64), (2, 8, 64), (4, 32, 128), (1, 8, 128)] {
             let args = |num_tokens| ForwardArgs { num_tokens, top_k, num_experts, ..Default::default() };
             assert!(few_rows(&args(most)) && !few_rows(&args(most + 1)));
         }
