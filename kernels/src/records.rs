@@ -64,8 +64,8 @@ pub struct RouteCounts {
     pub bad_experts: u32,
     /// Slots outside `[-1, L)`; their tokens use the base model.
     pub bad_slots: u32,
-    /// Zero: what kernels that share out a list as they go count with.
-    pub claimed: [u32; 2],
+    /// Zero; while a layer runs, kernels that share out a list as they go count here.
+    pub reserved: [u32; 2],
 }
 
 const _: () = {

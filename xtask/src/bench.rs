@@ -1,5 +1,5 @@
-//! `cargo xtask bench --cpu`: the layer on this processor, one line a row, Criterion underneath. `--gpu`, `--plot` and
-//! `--compare` are `moe-lora-bench`'s, which also stands in the bundle.
+//! `cargo xtask bench --cpu`: the layer on this processor, one line a row, Criterion underneath. `--gpu`, `--pool`, `--plot`
+//! and `--compare` are `moe-lora-bench`'s, which also stands in the bundle.
 
 use crate::shell::{cargo, output, root, run as run_command, target};
 use anyhow::{Context, Result, bail};
@@ -13,7 +13,7 @@ struct Options<'a> {
 }
 
 pub(crate) fn run(args: &[&str]) -> Result<()> {
-    if let [command @ ("--gpu" | "--plot" | "--compare"), rest @ ..] = args {
+    if let [command @ ("--gpu" | "--pool" | "--plot" | "--compare"), rest @ ..] = args {
         let mut program = cargo(&["run", "--quiet", "--release", "-p", "moe-lora-bench", "--"]);
         return run_command(program.arg(&command[2..]).args(rest));
     }
@@ -53,7 +53,7 @@ fn parse<'a>(args: &[&'a str]) -> Result<Options<'a>> {
         };
     }
     if !cpu {
-        bail!("bench: --cpu, --gpu, --peers, --plot or --compare");
+        bail!("bench: --cpu, --gpu, --pool, --peers, --plot or --compare");
     }
     Ok(options)
 }

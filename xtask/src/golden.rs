@@ -22,7 +22,10 @@ pub(crate) fn run() -> Result<()> {
         }
         shell::run(&mut build)?;
     }
-    Ok(())
+    let mut whole = Command::new(python(&scripts, "new")?);
+    shell::run(
+        whole.arg(scripts.join("whole.py")).arg("--out").arg(root().join("crates/moe-lora-generate/tests/golden")),
+    )
 }
 
 /// A virtual environment under `target/golden` with the pinned packages; returns its interpreter.

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The crates from the ground up: each may use only those before it. The facade and what follows may use all.
-const ORDER: [&str; 15] = [
+const ORDER: [&str; 17] = [
     "moe-lora-core",
     "moe-lora-files",
     "moe-lora-reference",
     "moe-lora-kernels",
     "moe-lora-cuda",
+    "moe-lora-collective",
     "moe-lora-route",
     "moe-lora-gemm",
     "moe-lora-adapter",
@@ -21,6 +22,7 @@ const ORDER: [&str; 15] = [
     "moe-lora-layer",
     "moe-lora-model",
     "moe-lora",
+    "moe-lora-generate",
     "moe-lora-c",
     "moe-lora-cli",
 ];
@@ -33,6 +35,7 @@ const NO_CUDA: [&str; 5] =
 const UNSAFE: &[&str] = &[
     "crates/moe-lora-bench/src/gpu.rs",
     "crates/moe-lora-bench/src/gpu/launch.rs",
+    "crates/moe-lora-bench/src/gpu/pool.rs",
     "crates/moe-lora-c/src/",
     "crates/moe-lora-cuda/",
     "crates/moe-lora-files/src/map.rs",

@@ -3,9 +3,9 @@
 use crate::config::AdapterConfig;
 use crate::index::Index;
 use crate::load::Context;
-use crate::{AdapterError, AdapterSummary, OpenOptions, resolve, strict, summary};
+use crate::{AdapterError, AdapterSummary, LinearAdapters, OpenOptions, linear, resolve, strict, summary};
 use half::{bf16, f16};
-use moe_lora_core::{AdapterWeights, DType, InputError, ModelShape};
+use moe_lora_core::{AdapterWeights, DType, InputError, ModelShape, Shard};
 use moe_lora_files::SafetensorsFile;
 use std::collections::HashMap;
 use std::fs::File;
@@ -102,13 +102,48 @@ impl PeftAdapter {
     /// sizes, ranks, experts and layers that do not fit, A without B, numbers that are not finite in the model's format,
     /// a layout that cannot be told.
     pub fn resolve(&self, shape: &ModelShape) -> Result<AdapterWeights, AdapterError> {
+        // One shard gives one result.
+        let all = self.resolve_shards(shape, &[Shard::WHOLE])?;
+        all.into_iter().next().ok_or_else(|| InputError::new("no shard", "one").into())
+    }
+
+    /// [`resolve`](Self::resolve) for ranks of a parallel group, in the order of `shards`: what each one's pool holds, which
+    /// is made for [`ModelShape::shard`]. `shape` is the whole model's.
+    ///
+    /// Every tensor is read once, however many shards there are, and checked whole: ranks in different processes refuse the
+    /// same files. Several shards are views of one copy of the adapter; for one shard alone memory never holds more than its
+    /// part and one layer.
+    ///
+    /// # Errors
+    /// As [`resolve`](Self::resolve), and [`Shard::share`].
+    pub fn resolve_shards(&self, shape: &ModelShape, shards: &[Shard]) -> Result<Vec<AdapterWeights>, AdapterError> {
         let cx = Context { file: &self.file, config: &self.config, options: &self.options, shape, layer: 0 };
         let weights = match shape.dtype {
-            DType::F32 => resolve::resolve::<f32>(cx, &self.index),
-            DType::F16 => resolve::resolve::<f16>(cx, &self.index),
-            DType::Bf16 => resolve::resolve::<bf16>(cx, &self.index),
+            DType::F32 => resolve::resolve::<f32>(cx, &self.index, shards),
+            DType::F16 => resolve::resolve::<f16>(cx, &self.index, shards),
+            DType::Bf16 => resolve::resolve::<bf16>(cx, &self.index, shards),
         };
         Ok(weights.map_err(|e| e.in_file(self.file.path()))?)
+    }
+
+    /// Reads and checks the LoRA of modules outside the experts: of every decoder layer's module, `self_attn.q_proj` for
+    /// instance, for which `shape_of(layer, module)` gives `[out, in]`. The matrices are converted to `dtype`, nothing is
+    /// scaled.
+    ///
+    /// # Errors
+    /// As [`resolve`](Self::resolve).
+    pub fn resolve_linear(
+        &self,
+        dtype: DType,
+        shape_of: impl Fn(usize, &str) -> Option<[usize; 2]>,
+    ) -> Result<LinearAdapters, AdapterError> {
+        let parts = (&self.file, &self.config, &self.index);
+        let all = match dtype {
+            DType::F32 => linear::resolve::<f32>(parts, &self.options, shape_of),
+            DType::F16 => linear::resolve::<f16>(parts, &self.options, shape_of),
+            DType::Bf16 => linear::resolve::<bf16>(parts, &self.options, shape_of),
+        };
+        Ok(all.map_err(|e| e.in_file(self.file.path()))?)
     }
 
     /// The settings.
@@ -123,7 +158,8 @@ impl PeftAdapter {
         &self.warnings
     }
 
-    /// Names of tensors that change no expert: attention, routers, shared experts, embeddings. They are not loaded.
+    /// Names of tensors that change no expert: attention, routers, shared experts, embeddings. [`resolve`](Self::resolve)
+    /// leaves them; [`resolve_linear`](Self::resolve_linear) reads those that its caller applies.
     #[must_use]
     pub fn unused_keys(&self) -> &[String] {
         &self.index.unused

@@ -11,6 +11,10 @@ const MAX_NAME: usize = 1024;
 /// Blocks on which stacked tensors may lie directly, without `experts` between.
 const BLOCKS: [&str; 4] = ["block_sparse_moe", "mlp", "feed_forward", "mixer"];
 
+/// What may stand before the number of a decoder layer; other towers of a model have other names.
+const DECODERS: [&str; 4] =
+    ["model.layers.", "model.language_model.layers.", "language_model.model.layers.", "layers."];
+
 /// One of the two matrices of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
@@ -141,6 +145,24 @@ pub(crate) fn parse(name: &str, dims: usize) -> Result<Option<ExpertKey<'_>>, In
     Ok(Some(ExpertKey { prefix, module, layer, site, naming, side }))
 }
 
+/// A tensor name of a module outside the experts.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct LinearKey<'a> {
+    pub(crate) layer: usize,
+    /// What follows `layers.{n}.`: `self_attn.q_proj`.
+    pub(crate) module: &'a str,
+    pub(crate) side: Side,
+}
+
+/// Reads the name of a tensor of a decoder layer's module; `None` if it is something else.
+pub(crate) fn parse_linear(name: &str) -> Option<LinearKey<'_>> {
+    let path = module_path(name);
+    let decoder = DECODERS.iter().find_map(|prefix| path.strip_prefix(prefix))?;
+    let (layer, module) = decoder.split_once('.')?;
+    let tail: Vec<&str> = unwrapped(name).get(path.len() + 1..)?.split('.').collect();
+    Some(LinearKey { layer: index(layer)?, module, side: side(&tail).ok()? })
+}
+
 /// Number of segments up to a block that holds stacked tensors itself (`block_sparse_moe.w1.lora_A`). The same names on
 /// other blocks are dense layers unless the tensor has three dimensions.
 fn direct_on_block(segments: &[&str], dims: usize) -> Option<usize> {
@@ -244,6 +266,25 @@ mod tests {
             "model.layers.7.mlp.experts"
         );
         assert_eq!(module_path("base_model.model.a.b.lora_A.default.weight"), "a.b");
+    }
+
+    #[test]
+    fn modules_of_decoder_layers_are_read() {
+        let key = |module, side| Some(LinearKey { layer: 7, module, side });
+        let q = "base_model.model.model.layers.7.self_attn.q_proj.lora_A";
+        assert_eq!(parse_linear(&format!("{q}.weight")), key("self_attn.q_proj", Side::A));
+        assert_eq!(parse_linear("model.layers.7.mlp.gate.lora_B.default.weight"), key("mlp.gate", Side::B));
+        for other in [
+            "base_model.model.lm_head.lora_A.weight",
+            "base_model.model.visual.layers.7.self_attn.q_proj.lora_A.weight",
+            "base_model.model.model.layers.7.self_attn.q_proj.lora_B.bias",
+            "base_model.model.model.layers.7.self_attn.q_proj.lora_embedding_A",
+            "base_model.model.model.layers.7.self_attn.q_proj",
+            "base_model.model.model.layers.+7.self_attn.q_proj.lora_A.weight",
+            "model.layers.",
+        ] {
+            assert_eq!(parse_linear(other), None, "{other}");
+        }
     }
 
     #[test]

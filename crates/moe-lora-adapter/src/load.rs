@@ -54,18 +54,27 @@ pub(crate) fn read<T: Element>(
     target: Target,
     expert_of: impl Fn(usize) -> Option<usize>,
 ) -> Result<Vec<T>, InputError> {
-    let bytes = cx.file.read(tensor)?;
+    numbers(cx.file, tensor, |at| cx.place(target, expert_of(at)).to_string())
+}
+
+/// Reads a tensor. `place` tells what the n-th number belongs to, for errors.
+pub(crate) fn numbers<T: Element>(
+    file: &SafetensorsFile,
+    tensor: &TensorInfo,
+    place: impl Fn(usize) -> String,
+) -> Result<Vec<T>, InputError> {
+    let bytes = file.read(tensor)?;
     let values = match tensor.dtype {
         Dtype::F32 => convert::<f32, T>(&bytes),
         Dtype::F16 => convert::<f16, T>(&bytes),
         Dtype::BF16 => convert::<bf16, T>(&bytes),
         other => {
-            let found = format!("{}: {other:?}", cx.place(target, expert_of(0)));
+            let found = format!("{}: {other:?}", place(0));
             return Err(InputError::new(found, "BF16, F16 or F32").in_tensor(&*tensor.name));
         }
     };
     values.map_err(|(at, value)| {
-        let found = format!("{}: {value} as number {at}", cx.place(target, expert_of(at)));
+        let found = format!("{}: {value} as number {at}", place(at));
         InputError::new(found, format!("finite {} values", T::DTYPE)).in_tensor(&*tensor.name)
     })
 }

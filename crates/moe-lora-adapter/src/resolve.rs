@@ -5,12 +5,16 @@ use crate::fused::install;
 use crate::index::Index;
 use crate::key::Target;
 use crate::load::Context;
-use crate::stacked;
-use moe_lora_core::{AdapterLayer, AdapterWeights, Element, ExpertLora, InputError};
+use crate::{shard, stacked};
+use moe_lora_core::{AdapterLayer, AdapterWeights, Element, ExpertLora, InputError, Shard};
 use std::collections::BTreeMap;
 
-/// Loads all layers, one target at a time.
-pub(crate) fn resolve<T: Element>(cx: Context<'_>, index: &Index) -> Result<AdapterWeights, InputError> {
+/// Loads all layers, one target at a time, for each of `shards`.
+pub(crate) fn resolve<T: Element>(
+    cx: Context<'_>,
+    index: &Index,
+    shards: &[Shard],
+) -> Result<Vec<AdapterWeights>, InputError> {
     for (n, layer) in &index.layers {
         if cx.shape.moe_layers.binary_search(n).is_err() {
             let tensor = layer.sites.values().next().and_then(|p| cx.tensor(p.a.or(p.b)));
@@ -19,7 +23,7 @@ pub(crate) fn resolve<T: Element>(cx: Context<'_>, index: &Index) -> Result<Adap
         }
     }
     let plan = flat::plan(cx, index)?;
-    let mut layers = BTreeMap::new();
+    let mut ranks = vec![BTreeMap::new(); shards.len()];
     for (&n, layer) in &index.layers {
         let cx = Context { layer: n, ..cx };
         let mut experts = vec![ExpertLora::default(); cx.shape.layer.num_experts];
@@ -36,10 +40,12 @@ pub(crate) fn resolve<T: Element>(cx: Context<'_>, index: &Index) -> Result<Adap
         }
         let changed = |e: &ExpertLora| e.gate.is_some() || e.up.is_some() || e.down.is_some();
         if experts.iter().any(changed) {
-            layers.insert(n, AdapterLayer::new(&cx.shape.layer, experts)?);
+            let layer = AdapterLayer::new(&cx.shape.layer, experts)?;
+            let parts = shard::parts::<T>(layer, &cx.shape.layer, shards)?;
+            ranks.iter_mut().zip(parts).for_each(|(layers, part)| drop(layers.insert(n, part)));
         }
     }
-    AdapterWeights::new(cx.shape, layers)
+    shards.iter().zip(ranks).map(|(shard, layers)| AdapterWeights::new(&cx.shape.shard(shard)?, layers)).collect()
 }
 
 fn moe_layers(layers: &[usize]) -> String {

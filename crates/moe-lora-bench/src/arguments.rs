@@ -19,6 +19,8 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Times whole layers: five published shapes, or one of your own.
     Gpu(Box<GpuArguments>),
+    /// Times the adapter pool: uploads, forwards while adapters swap, what a budget holds.
+    Pool(PoolArguments),
     /// Draws the plots of a run.
     Plot {
         /// What `gpu --json` wrote.
@@ -97,6 +99,25 @@ pub(crate) struct GpuArguments {
     /// Writes the run there.
     #[arg(long)]
     pub(crate) json: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PoolArguments {
+    /// The layers, by name.
+    #[arg(long, default_value = "qwen3-30b", value_name = "NAME")]
+    pub(crate) preset: String,
+    /// Layers that an adapter changes.
+    #[arg(long, default_value_t = 6)]
+    pub(crate) layers: usize,
+    /// Rank of the adapters.
+    #[arg(long, default_value_t = 16)]
+    pub(crate) rank: usize,
+    /// Tokens of the batch that runs meanwhile.
+    #[arg(long, default_value_t = 16)]
+    pub(crate) tokens: usize,
+    /// The GPU.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) device: usize,
 }
 
 /// A layer and what to time on it.

@@ -4,6 +4,7 @@ mod check;
 mod clock;
 mod launch;
 mod layer;
+pub(crate) mod pool;
 
 use crate::arguments::{GpuArguments, Problem};
 use anyhow::{Context, Result, ensure};

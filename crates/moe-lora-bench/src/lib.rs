@@ -7,6 +7,7 @@ mod floor;
 mod plot;
 mod presets;
 mod rows;
+mod traffic;
 mod work;
 
 pub use compare::{Peers, compare};
@@ -15,6 +16,7 @@ pub use floor::{Ceilings, Touched};
 pub use plot::plots;
 pub use presets::{AdapterSet, OLMOE, PRESETS, Preset, TOKENS};
 pub use rows::{Card, Row, Run, StageTime, bands, geometric_mean};
+pub use traffic::{Traffic, mixed_ranks_in, zipf};
 pub use work::{Work, count};
 
 #[cfg(doctest)]

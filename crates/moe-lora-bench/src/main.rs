@@ -15,6 +15,7 @@ use std::path::Path;
 fn main() -> Result<()> {
     match Arguments::parse().command {
         Command::Gpu(arguments) => gpu::run(&arguments),
+        Command::Pool(arguments) => gpu::pool::run(&arguments),
         Command::Plot { run, folder } => {
             fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
             for (name, svg) in plots(&read(&run)?) {

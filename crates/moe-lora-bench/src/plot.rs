@@ -27,7 +27,7 @@ pub fn plots(run: &Run) -> Vec<(String, String)> {
         let mut sets: Vec<(usize, usize)> = rows.iter().map(|r| (r.adapters, r.rank)).collect();
         sets.sort_unstable();
         sets.dedup();
-        let (mut times, mut shares) = (Vec::new(), Vec::new());
+        let (mut times, mut shares, mut floor) = (Vec::new(), Vec::new(), None);
         for &(adapters, rank) in &sets {
             let name = if adapters == 0 { "base".to_owned() } else { format!("{adapters} x rank {rank}") };
             let of_set = || rows.iter().filter(|r| (r.adapters, r.rank) == (adapters, rank));
@@ -35,9 +35,11 @@ pub fn plots(run: &Run) -> Vec<(String, String)> {
             times.push(Series { name: name.clone(), points: line(|r| r.us), dashed: false });
             shares.push(Series { name, points: line(|r| 100.0 * r.share()), dashed: false });
             if adapters == 0 {
-                times.push(Series { name: "base, floor".to_owned(), points: line(|r| r.floor_us), dashed: true });
+                floor = Some(Series { name: "base, floor".to_owned(), points: line(|r| r.floor_us), dashed: true });
             }
         }
+        // Last, so that a set has one colour in both plots.
+        times.extend(floor);
         let on = |what: &str| format!("{model}: {what}, {}", run.card.name);
         files.push((format!("{model}-time.svg"), chart(&on("microseconds of a forward"), true, &times)));
         files.push((format!("{model}-share.svg"), chart(&on("share of the floor, %"), false, &shares)));

@@ -149,7 +149,7 @@ pub unsafe extern "C" fn moe_lora_slot_entries(
 }
 
 fn shape([num_experts, top_k, hidden_size, intermediate_size]: [u32; 4]) -> Result<LayerShape, Status> {
-    Ok(LayerShape::new(num_experts as usize, top_k as usize, hidden_size as usize, intermediate_size as usize)?)
+    Ok(LayerShape::of_rank(num_experts as usize, top_k as usize, hidden_size as usize, intermediate_size as usize)?)
 }
 
 /// # Safety

@@ -17,6 +17,8 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Run one MoE layer of a checkpoint on a batch of tokens that each name their own adapter
     Forward(Forward),
+    /// Generate text with a whole model (Qwen3-MoE, OLMoE), each prompt with its own adapter, all in one batch
+    Generate(Generate),
     /// Say what a checkpoint or an adapter is, or why it is refused
     Inspect(Inspect),
     /// List processors and GPUs, and why a GPU cannot be used
@@ -48,9 +50,61 @@ pub(crate) struct Forward {
     /// auto (GPU 0 if it can be used, else the CPU), cpu or cuda:N
     #[arg(long, default_value = "auto")]
     pub(crate) device: DeviceChoice,
+    /// Split the intermediate size over N tensor-parallel ranks
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "reference")]
+    pub(crate) tp: usize,
+    /// Split the experts over M expert-parallel ranks, each a group of N; ranks are threads, on a GPU each if there are as many
+    #[arg(long, value_name = "M", default_value_t = 1, conflicts_with = "reference")]
+    pub(crate) ep: usize,
     /// Compute in f64, slowly: the truth that everything else is compared with
     #[arg(long)]
     pub(crate) reference: bool,
+}
+
+#[derive(clap::Args, Debug)]
+pub(crate) struct Generate {
+    /// Hugging Face checkpoint folder: config.json, *.safetensors, tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// PEFT adapter folder under a name; may be repeated; read when a request first asks for it
+    #[arg(long = "adapter", value_name = "NAME=DIR")]
+    pub(crate) adapters: Vec<NamedAdapter>,
+    /// direct or transposed: which way round target_parameters tensors are, where neither shapes nor peft_version tell
+    #[arg(long, value_name = "LAYOUT", value_parser = expert_layout)]
+    pub(crate) expert_layout: Option<ExpertLayout>,
+    /// A text to go on with; may be repeated; "NAME: TEXT" uses the adapter NAME
+    #[arg(long = "prompt", value_name = "TEXT", required_unless_present = "requests", conflicts_with = "requests")]
+    pub(crate) prompts: Vec<String>,
+    /// JSON lines: prompt or prompt_tokens; optional id, adapter, max_tokens, temperature, top_p, seed
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub(crate) requests: Option<PathBuf>,
+    /// Where the results of --requests go, a JSON line each, as they are done [default: standard output]
+    #[arg(long, value_name = "FILE.jsonl", requires = "requests")]
+    pub(crate) output: Option<PathBuf>,
+    /// New tokens a text, at most
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) max_tokens: usize,
+    /// 0 takes the best token always
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub(crate) temperature: f32,
+    /// Draw among the likeliest tokens that make up this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub(crate) top_p: f32,
+    /// Of the draws
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Texts that are generated at once; the others wait
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub(crate) max_batch: usize,
+    /// Memory for adapters, in MiB; the least recently used go when it is full
+    #[arg(long, value_name = "MIB", default_value_t = 4096)]
+    pub(crate) adapter_memory: usize,
+    /// Memory for what the running texts have seen, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 4096)]
+    pub(crate) cache_memory: usize,
+    /// Where the experts run: auto (GPU 0 if it can be used, else the CPU), cpu or cuda:N
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: DeviceChoice,
 }
 
 #[derive(clap::Args, Debug)]

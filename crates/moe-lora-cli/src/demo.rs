@@ -15,7 +15,7 @@ use moe_lora::reference::random::signed;
 use moe_lora::reference::{self, LayerInput};
 use moe_lora::{
     AdapterPool, AdapterTable, Checkpoint, DType, Element, FusedMoEWithLoRA, InputError, LayerShape, PoolConfig,
-    Routing, TokenAdapters,
+    Routing, Shard, TokenAdapters,
 };
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -49,7 +49,7 @@ pub(crate) fn run(args: &Demo) -> Result<()> {
         shape.layer.intermediate_size,
         shape.dtype,
     );
-    let weights = load::adapters(&named, shape, &OpenOptions::default())?;
+    let weights = load::adapters(&named, shape, &OpenOptions::default(), &[Shard::WHOLE])?.remove(0);
     let pool = AdapterPool::new(&device, shape, PoolConfig { bytes: 64 << 20, ..Default::default() })?;
     let mut ids = Vec::new();
     for (named, weights) in named.iter().zip(&weights) {

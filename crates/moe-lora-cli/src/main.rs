@@ -9,9 +9,11 @@ mod args;
 mod demo;
 mod devices;
 mod forward;
+mod generate;
 mod inspect;
 mod load;
 mod outcome;
+mod ranks;
 mod table;
 mod tensors;
 
@@ -22,6 +24,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Forward(args) => forward::run(&args),
+        Command::Generate(args) => generate::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Devices(args) => devices::run(&args),
         Command::Demo(args) => demo::run(&args),

@@ -116,6 +116,35 @@ fn forward_computes_what_hugging_face_computes() {
 }
 
 #[test]
+fn ranks_compute_what_hugging_face_computes() {
+    for (case, bound) in [("case-mixtral", 1e-4), ("case-gpt_oss", 1e-4), ("case-deepseek_v3-bf16", 3e-3)] {
+        for (tp, ep) in [("2", "1"), ("1", "2"), ("2", "2"), ("4", "1")] {
+            let (error, run) = golden(case, &["--device", "cpu", "--tp", tp, "--ep", ep]);
+            assert!(error <= bound, "{case} on {tp} x {ep}: {error:.1e}");
+            let text = stdout(&run);
+            assert!(text.contains(&format!("ranks (tp {tp}, ep {ep}) on cpu")), "{text}");
+            assert!(String::from_utf8(run.stderr).unwrap().matches("outside the experts").count() <= 1, "said once");
+        }
+    }
+}
+
+#[test]
+fn grids_that_do_not_fit_are_refused_with_the_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = text(folder.path().join("out.safetensors"));
+    let (model, input) =
+        (text(fixtures().join("checkpoints/mixtral")), text(fixtures().join("case-mixtral.safetensors")));
+    let forward = |extra: &[&str]| {
+        let args = ["forward", "--model", &model, "--input", &input, "--output", &output, "--device", "cpu"];
+        refused(&[&args[..], extra].concat(), 2)
+    };
+    assert!(forward(&["--ep", "1000"]).contains("experts, expected at least one for each of 1000 ranks"));
+    assert!(forward(&["--tp", "5000"]).contains("intermediate size"));
+    assert!(forward(&["--tp", "0"]).contains("0 tensor-parallel by 1 expert-parallel ranks"));
+    assert!(forward(&["--tp", "2", "--reference"]).contains("cannot be used with"));
+}
+
+#[test]
 fn keys_outside_the_experts_are_said_and_no_error() {
     let (_, run) = golden("case-mixtral", &[]);
     assert!(String::from_utf8(run.stderr).unwrap().contains("outside the experts"));

@@ -2,8 +2,8 @@
 //!
 //! Every crate of the workspace speaks in these types: [`LayerShape`] and [`ModelShape`] for sizes, [`Matrix`] for
 //! weights that own or share their bytes, [`LayerWeights`] for one MoE layer, [`AdapterWeights`] for one LoRA adapter
-//! in canonical form, [`RouterConfig`] and [`Routing`] for expert choice, [`RowMap`] for the sorted work of a batch and
-//! [`InputError`] for everything that can be wrong with what a user hands in.
+//! in canonical form, [`RouterConfig`] and [`Routing`] for expert choice, [`RowMap`] for the sorted work of a batch,
+//! [`Shard`] for the part that a rank of a parallel group holds, and [`InputError`] for everything that can be wrong with what a user hands in.
 //!
 //! The crate knows no backend, opens no files and holds no `unsafe`.
 //!
@@ -28,6 +28,7 @@ mod matrix;
 mod router;
 mod row_map;
 mod shape;
+mod shard;
 mod table;
 mod weights;
 
@@ -39,6 +40,7 @@ pub use matrix::{Buffer, Matrix, MatrixRef};
 pub use router::{GroupLimit, GroupScore, RouterConfig, RouterWeights, Routing, Scoring, TopK};
 pub use row_map::{ExpertRows, RowMap, Segment};
 pub use shape::{ExpertStorage, LayerShape, ModelShape};
+pub use shard::{Shard, Share};
 pub use table::{AdapterId, AdapterTable, TokenAdapters};
 pub use weights::{ExpertBias, ExpertWeights, LayerWeights, RouterWeightPlacement};
 

@@ -117,6 +117,19 @@ impl Matrix {
         Self::new(self.buffer.clone(), self.dtype, offset, count, self.cols, self.stride * step)
     }
 
+    /// `count` columns from `first` on, as a view of the same bytes.
+    ///
+    /// # Errors
+    /// If the columns do not exist.
+    pub fn select_cols(&self, first: usize, count: usize) -> Result<Self, InputError> {
+        if count == 0 || first.checked_add(count).is_none_or(|end| end > self.cols) {
+            let found = format!("{count} columns from {first}");
+            return Err(InputError::new(found, format!("columns of a matrix of {}", self.cols)));
+        }
+        let offset = self.span.start + first * self.dtype.size();
+        Self::new(self.buffer.clone(), self.dtype, offset, self.rows, count, self.stride)
+    }
+
     /// Rows.
     #[must_use]
     pub const fn rows(&self) -> usize {
@@ -219,6 +232,21 @@ pub struct MatrixRef<'a, T> {
 }
 
 impl<'a, T> MatrixRef<'a, T> {
+    /// A view of `rows` x `cols` numbers of `data`, rows `stride` numbers apart.
+    ///
+    /// # Errors
+    /// If rows overlap or reach past `data`.
+    pub fn new(data: &'a [T], rows: usize, cols: usize, stride: usize) -> Result<Self, InputError> {
+        let end = rows.saturating_sub(1).checked_mul(stride).and_then(|n| n.checked_add(cols));
+        if stride < cols || end.is_none_or(|end| end > data.len()) {
+            return Err(InputError::new(
+                format!("{rows} rows of {cols}, {stride} apart"),
+                format!("rows within {} numbers that do not overlap", data.len()),
+            ));
+        }
+        Ok(Self { data, rows, cols, stride })
+    }
+
     /// Rows.
     #[must_use]
     pub const fn rows(&self) -> usize {
@@ -270,6 +298,15 @@ mod tests {
     }
 
     #[test]
+    fn columns_are_a_view() {
+        let all = Matrix::from_vec((0..12).map(|x| x as f32).collect(), 3, 4).unwrap();
+        let last = all.select_cols(2, 2).unwrap();
+        assert_eq!((last.to_vec::<f32>(), last.row_stride()), (vec![2.0, 3.0, 6.0, 7.0, 10.0, 11.0], 4));
+        assert_eq!(last.select_cols(1, 1).unwrap().select_rows(1, 2, 1).unwrap().to_vec::<f32>(), [7.0, 11.0]);
+        assert!(all.select_cols(3, 2).is_err() && all.select_cols(0, 0).is_err() && all.select_cols(9, 1).is_err());
+    }
+
+    #[test]
     fn bytes_that_do_not_fit_are_refused() {
         let buffer = Buffer::from_vec(vec![0_f32; 4]);
         let new = |offset, rows, cols, stride| Matrix::new(buffer.clone(), DType::F32, offset, rows, cols, stride);
@@ -279,5 +316,11 @@ mod tests {
         assert!(new(0, 0, 2, 2).is_err(), "empty");
         assert!(new(0, 2, 2, 1).is_err(), "overlapping rows");
         assert!(new(0, usize::MAX, usize::MAX, usize::MAX).is_err(), "overflow");
+
+        let values = [1, 2, 3, 4, 5];
+        assert_eq!(MatrixRef::new(&values, 2, 2, 3).unwrap().row(1), [4, 5]);
+        assert!(MatrixRef::new(&values, 2, 2, 4).is_err(), "past the end");
+        assert!(MatrixRef::new(&values, 2, 2, 1).is_err(), "overlapping rows");
+        assert!(MatrixRef::new(&values, usize::MAX, 2, usize::MAX).is_err(), "overflow");
     }
 }

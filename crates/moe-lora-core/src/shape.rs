@@ -8,7 +8,7 @@ use crate::{DType, InputError};
 pub struct LayerShape {
     /// Experts, E.
     pub num_experts: usize,
-    /// Experts a token uses, k.
+    /// Experts a token uses, k. At most [`num_experts`](Self::num_experts), but for a rank's [`Share`](crate::Share).
     pub top_k: usize,
     /// Width of a token, H.
     pub hidden_size: usize,
@@ -27,6 +27,27 @@ impl LayerShape {
         hidden_size: usize,
         intermediate_size: usize,
     ) -> Result<Self, InputError> {
+        let shape = Self::of_rank(num_experts, top_k, hidden_size, intermediate_size)?;
+        if top_k > num_experts {
+            return Err(InputError::new(
+                format!("{top_k} experts a token"),
+                format!("at most the layer's {num_experts}"),
+            )
+            .in_tensor("top_k"));
+        }
+        Ok(shape)
+    }
+
+    /// As [`new`](Self::new), for one rank's part of a layer, which may hold fewer experts than a token uses.
+    ///
+    /// # Errors
+    /// Names the size that is wrong.
+    pub fn of_rank(
+        num_experts: usize,
+        top_k: usize,
+        hidden_size: usize,
+        intermediate_size: usize,
+    ) -> Result<Self, InputError> {
         const MOST: usize = 1 << 20;
         for (name, size) in [
             ("num_experts", num_experts),
@@ -37,13 +58,6 @@ impl LayerShape {
             if size == 0 || size > MOST {
                 return Err(InputError::new(size.to_string(), format!("1 to {MOST}")).in_tensor(name));
             }
-        }
-        if top_k > num_experts {
-            return Err(InputError::new(
-                format!("{top_k} experts a token"),
-                format!("at most the layer's {num_experts}"),
-            )
-            .in_tensor("top_k"));
         }
         Ok(Self { num_experts, top_k, hidden_size, intermediate_size })
     }
@@ -95,5 +109,6 @@ mod tests {
         assert_eq!(LayerShape::new(8, 9, 64, 32).unwrap_err().tensor.as_deref(), Some("top_k"));
         assert_eq!(LayerShape::new(8, 2, 0, 32).unwrap_err().tensor.as_deref(), Some("hidden_size"));
         assert!(LayerShape::new(usize::MAX, 2, 64, 32).is_err());
+        assert!(LayerShape::of_rank(1, 8, 64, 32).is_ok() && LayerShape::of_rank(1, 8, 64, 0).is_err());
     }
 }

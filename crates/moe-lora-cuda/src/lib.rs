@@ -5,7 +5,9 @@
 //! [`Stream`]s with [`Event`]s and [`Graph`]s, [`DeviceBuffer`]s shared out by a [`Layout`], [`PinnedBuffer`]s, and
 //! [`Kernels::launch`], which takes the parameter structs of `moe-lora-kernels`.
 //!
-//! Only the driver's own interface is used, loaded when first needed: a program that links this crate starts without CUDA.
+//! [`NcclComm`] is a rank's end of collectives between GPUs.
+//!
+//! Only the driver's own interface and NCCL's are used, each loaded when first needed: a program that links this crate starts without CUDA.
 //! Addresses are plain numbers and order is stated by events; nothing is tracked behind the caller's back.
 //!
 //! # Example
@@ -30,6 +32,7 @@ mod error;
 mod gpu;
 mod kernels;
 mod memory;
+mod nccl;
 mod nodes;
 mod probe;
 mod stream;
@@ -40,6 +43,7 @@ pub use error::GpuError;
 pub use gpu::Gpu;
 pub use kernels::Kernels;
 pub use memory::{ALIGNMENT, DeviceBuffer, Layout, PinnedBuffer};
+pub use nccl::{NcclComm, NcclError, NcclId, nccl_version};
 pub use nodes::GraphKernel;
 pub use probe::DeviceInfo;
 pub use stream::{Event, Graph, Stream};

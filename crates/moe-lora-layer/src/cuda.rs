@@ -2,7 +2,7 @@
 
 use crate::stages::lock;
 use crate::{FusedMoEWithLoRA, LayerError};
-use moe_lora_core::{Element, TokenAdapters};
+use moe_lora_core::{Element, InputError, TokenAdapters};
 use moe_lora_pool::AdapterPool;
 use moe_lora_runner::slices::{BatchSlices, CudaStream, CudaViewMut, Number};
 use moe_lora_runner::{CapturedForward, CudaRunner};
@@ -13,7 +13,8 @@ impl FusedMoEWithLoRA {
     /// `Y` that or f32. Ids that are no expert are skipped; nothing else of the batch is looked at on the host.
     ///
     /// # Errors
-    /// If the layer is on the CPU, lengths, formats or GPUs do not fit, or an adapter was unloaded or evicted.
+    /// If the layer is on the CPU, lengths, formats or GPUs do not fit, or an adapter was unloaded or evicted. If it is a
+    /// [rank's part](Self::with_shard) that sums or holds only some experts: engines map ids and sum behind the raw door.
     pub fn forward_on<X: Element, Y: Element>(
         &self,
         stream: &Arc<CudaStream>,
@@ -21,6 +22,7 @@ impl FusedMoEWithLoRA {
         tokens: &TokenAdapters,
         out: &mut CudaViewMut<'_, Y>,
     ) -> Result<(), LayerError> {
+        self.check_on_gpu()?;
         let (weights, runner) = self.stages.cuda()?;
         let lease = self.pool.lease(tokens)?;
         Ok(lock(runner).forward_on(stream, weights, batch, &lease.device_table(self.index)?, out)?)
@@ -31,16 +33,28 @@ impl FusedMoEWithLoRA {
     ///
     /// # Errors
     /// If the layer is on the CPU, there are no tokens or more than the layer's limit, formats or GPUs do not fit, or memory
-    /// does not suffice.
+    /// does not suffice. If it is a part that [`forward_on`](Self::forward_on) refuses.
     pub fn capture<X: Number, Y: Number>(
         &self,
         stream: &Arc<CudaStream>,
         tokens: usize,
     ) -> Result<LayerGraph<X, Y>, LayerError> {
+        self.check_on_gpu()?;
         let (weights, runner) = self.stages.cuda()?;
         let lease = self.pool.lease(&TokenAdapters::base(tokens))?;
         let captured = lock(runner).capture(stream, weights, &lease.device_table(self.index)?, tokens)?;
         Ok(LayerGraph { captured, runner: Arc::clone(runner), pool: self.pool.clone(), index: self.index })
+    }
+
+    /// Ids in GPU memory cannot be mapped here, nor can a caller's output be summed.
+    fn check_on_gpu(&self) -> Result<(), InputError> {
+        match &self.ranks {
+            Some(ranks) if !ranks.is_plain() => {
+                let expected = "a layer with all experts whose output is not summed";
+                Err(InputError::new("a rank's part", expected).in_tensor("layer"))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Why a layer could not run.
 
+use moe_lora_collective::CollectiveError;
 use moe_lora_core::InputError;
 use moe_lora_pool::PoolError;
 use moe_lora_route::RouteError;
@@ -21,6 +22,9 @@ pub enum LayerError {
     /// The stages failed.
     #[error(transparent)]
     Runner(#[from] RunnerError),
+    /// Another rank did not bring its part.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
 }
 
 impl LayerError {
@@ -31,7 +35,7 @@ impl LayerError {
             Self::Input(e) => Some(e),
             Self::Pool(e) => e.input(),
             Self::Route(RouteError::Input(e)) => Some(e),
-            Self::Route(_) => None,
+            Self::Route(_) | Self::Collective(_) => None,
             Self::Runner(e) => e.input(),
         }
     }

@@ -1,13 +1,15 @@
 //! The layer.
 
 use crate::LayerError;
+use crate::ranks::Ranks;
 use crate::stages::{Stages, lock};
+use moe_lora_collective::Communicator;
 use moe_lora_core::{
-    Element, InputError, LayerShape, LayerWeights, RouterConfig, RouterWeights, Routing, TokenAdapters, TopK,
+    Element, InputError, LayerShape, LayerWeights, RouterConfig, RouterWeights, Routing, Shard, TokenAdapters, TopK,
 };
-use moe_lora_pool::AdapterPool;
+use moe_lora_pool::{AdapterPool, Lease};
 use moe_lora_runner::{Batch, Device, Limits};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 /// One MoE layer whose tokens each name their own adapter, or none.
 #[derive(Debug)]
@@ -20,6 +22,8 @@ pub struct FusedMoEWithLoRA {
     /// Kept from call to call for its memory.
     topk: Mutex<TopK>,
     pub(crate) stages: Stages,
+    /// If it is a part of a layer.
+    pub(crate) ranks: Option<Ranks>,
 }
 
 impl FusedMoEWithLoRA {
@@ -59,7 +63,28 @@ impl FusedMoEWithLoRA {
         let stages = Stages::new(device, &weights, model.dtype, limits)?;
         let router_config = RouterConfig::softmax(weights.shape().top_k);
         let topk = Mutex::default();
-        Ok(Self { index, weights, router: None, router_config, pool: pool.clone(), topk, stages })
+        Ok(Self { index, weights, router: None, router_config, pool: pool.clone(), topk, stages, ranks: None })
+    }
+
+    /// Makes it one rank's part of a layer of shape `whole`: its weights, and the adapters of its pool, are those of `shard`.
+    /// Hidden states, routing and token adapters are the whole layer's, the same on every rank, and so is the output:
+    /// `communicator` sums it. Without one the output is the rank's part of the sum, for engines that sum it themselves.
+    ///
+    /// Routers choose among all experts; those of other ranks are skipped here. Call it before [`with_router`](Self::with_router).
+    /// A forward that fails on one rank fails on all.
+    ///
+    /// # Errors
+    /// If the weights are not the share of `shard`, or `communicator` is another rank's.
+    pub fn with_shard(
+        mut self,
+        whole: &LayerShape,
+        shard: &Shard,
+        communicator: Option<Arc<dyn Communicator>>,
+    ) -> Result<Self, LayerError> {
+        self.ranks = Some(Ranks::new(whole, shard, self.weights.shape(), communicator)?);
+        self.router_config = RouterConfig::softmax(whole.top_k);
+        self.router = None;
+        Ok(self)
     }
 
     /// Uses the checkpoint's own router for [`Routing::Router`], and its settings for [`Routing::Logits`].
@@ -78,20 +103,24 @@ impl FusedMoEWithLoRA {
     /// # Errors
     /// If the shapes or devices differ.
     pub fn sharing_workspace_with(mut self, other: &Self) -> Result<Self, LayerError> {
-        if self.shape() != other.shape() {
-            return Err(InputError::new(format!("{:?}", other.shape()), format!("{:?}", self.shape())).into());
+        let (mine, theirs) = (self.weights.shape(), other.weights.shape());
+        if mine != theirs {
+            return Err(InputError::new(format!("{theirs:?}"), format!("{mine:?}")).into());
         }
         self.stages.share(&other.stages)?;
         Ok(self)
     }
 
-    /// Sizes.
+    /// Sizes of the whole layer.
     #[must_use]
     pub const fn shape(&self) -> &LayerShape {
-        self.weights.shape()
+        match &self.ranks {
+            Some(ranks) => ranks.whole(),
+            None => self.weights.shape(),
+        }
     }
 
-    /// The base weights.
+    /// The base weights: those of this rank, if it is one of several.
     #[must_use]
     pub const fn weights(&self) -> &LayerWeights {
         &self.weights
@@ -126,8 +155,31 @@ impl FusedMoEWithLoRA {
         tokens: &TokenAdapters,
         out: &mut [Y],
     ) -> Result<(), LayerError> {
-        let lease = self.pool.lease(tokens)?;
         let scratch = &mut *lock(&self.topk);
+        let Some(ranks) = &self.ranks else {
+            let (lease, batch) = self.prepare(hidden, routing, tokens, scratch)?;
+            return self.stages.forward(&self.weights, batch, (&lease, self.index), out);
+        };
+        ranks.forward(out, |communicator, local_ids, sums| {
+            let (lease, batch) = self.prepare(hidden, routing, tokens, scratch)?;
+            ranks.localize(batch.topk_ids, local_ids)?;
+            let batch = Batch { topk_ids: local_ids, ..batch };
+            match communicator {
+                Some(all) => self.stages.forward_reduced(&self.weights, batch, (&lease, self.index), all, sums),
+                None => self.stages.forward(&self.weights, batch, (&lease, self.index), sums),
+            }
+        })
+    }
+
+    /// Holds the batch's adapters and chooses its experts.
+    fn prepare<'a, X: Element>(
+        &self,
+        hidden: &'a [X],
+        routing: Routing<'a>,
+        tokens: &'a TokenAdapters,
+        scratch: &'a mut TopK,
+    ) -> Result<(Lease, Batch<'a, X, ()>), LayerError> {
+        let lease = self.pool.lease(tokens)?;
         let (topk_ids, topk_weights) = match routing {
             Routing::Selected { topk_ids, topk_weights } => (topk_ids, topk_weights),
             _ => {
@@ -135,8 +187,7 @@ impl FusedMoEWithLoRA {
                 (&scratch.topk_ids[..], &scratch.topk_weights[..])
             }
         };
-        let batch = Batch { hidden, topk_ids, topk_weights, token_slots: tokens.slots(), adapters: () };
-        self.stages.forward(&self.weights, batch, (&lease, self.index), out)
+        Ok((lease, Batch { hidden, topk_ids, topk_weights, token_slots: tokens.slots(), adapters: () }))
     }
 
     fn route_into<X: Element>(&self, hidden: &[X], routing: Routing<'_>, out: &mut TopK) -> Result<(), LayerError> {

@@ -1,4 +1,5 @@
-//! `FusedMoEWithLoRA`: base weights, a router and a view of the adapter pool, as one layer.
+//! `FusedMoEWithLoRA`: base weights, a router and a view of the adapter pool, as one layer, or as one rank's part of a layer
+//! that several ranks compute together ([`with_shard`](FusedMoEWithLoRA::with_shard)).
 //!
 //! # Example
 //!
@@ -27,6 +28,7 @@
 mod cuda;
 mod error;
 mod layer;
+mod ranks;
 mod stages;
 
 #[cfg(feature = "cuda")]

@@ -1,7 +1,10 @@
 //! The runner behind a layer.
 
 use crate::LayerError;
+use moe_lora_collective::Communicator;
 use moe_lora_core::{DType, Element, InputError, LayerWeights};
+#[cfg(feature = "cuda")]
+use moe_lora_cuda::{DeviceBuffer, Stream};
 #[cfg(feature = "cuda")]
 use moe_lora_pool::CudaMemory;
 use moe_lora_pool::Lease;
@@ -94,6 +97,29 @@ impl Stages {
             }
         }
         Ok(())
+    }
+
+    /// [`forward`](Self::forward), summed over all ranks: in GPU memory if they can, else in the host's.
+    pub(crate) fn forward_reduced<X: Element>(
+        &self,
+        weights: &LayerWeights,
+        batch: Batch<'_, X, ()>,
+        (lease, index): (&Lease, usize),
+        ranks: &dyn Communicator,
+        out: &mut [f32],
+    ) -> Result<(), LayerError> {
+        #[cfg(feature = "cuda")]
+        if let (Self::Cuda { weights, runner }, Some(ranks)) = (self, ranks.gpu()) {
+            let adapters = &lease.device_table(index)?;
+            let batch = Batch { token_slots: adapters.token_slots(), ..batch };
+            let reduce = |stream: &Stream, buffer: &DeviceBuffer, offset, count| {
+                ranks.all_reduce_on(stream, buffer, offset, count)?;
+                Ok::<_, LayerError>(ranks.wait(stream)?)
+            };
+            return lock(runner).forward_reduced(weights, &batch.with_adapters(adapters), reduce, out);
+        }
+        self.forward(weights, batch, (lease, index), out)?;
+        Ok(ranks.all_reduce(out)?)
     }
 }
 

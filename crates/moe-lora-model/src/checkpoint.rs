@@ -1,15 +1,18 @@
 //! A checkpoint folder: opened and checked once, then read layer by layer.
 
+use crate::decoder::{self, DecoderConfig, DecoderEnds, DecoderLayer};
 use crate::experts::Experts;
 use crate::load::load;
 use crate::router::Router;
 use crate::tensors::Tensors;
 use crate::{Family, ModelConfig, ModelError, config};
-use moe_lora_core::{DType, InputError, LayerWeights, ModelShape, RouterWeights};
+use moe_lora_core::{DType, InputError, LayerWeights, ModelShape, RouterWeights, Shard};
 use moe_lora_files::read_json;
+use serde_json::Value;
 use std::path::Path;
 
 const CONFIG: &str = "config.json";
+const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// A larger `config.json` is refused; real ones have a few kilobytes.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
@@ -23,6 +26,8 @@ const LAYERS: [&str; 4] = ["model.layers.", "model.language_model.layers.", "lan
 pub struct Checkpoint {
     tensors: Tensors,
     config: ModelConfig,
+    /// `config.json` as it is, for what only whole models need.
+    settings: Value,
     shape: ModelShape,
     /// Names around a layer's number: `model.layers.` and `mlp`.
     naming: [&'static str; 2],
@@ -53,7 +58,8 @@ impl Checkpoint {
             let found = format!("{bytes} bytes");
             return Err(InputError::new(found, format!("at most {MAX_CONFIG_BYTES} bytes")).in_file(path));
         }
-        let config = config::parse(&read_json(&path)?).map_err(|e| e.in_file(&path))?;
+        let settings: Value = read_json(&path)?;
+        let config = config::parse(&settings).map_err(|e| e.in_file(&path))?;
         let tensors = Tensors::open(folder)?;
         let naming = naming(&tensors, &config)?;
         let dtype = check_layers(&tensors, &config, naming)?;
@@ -63,7 +69,7 @@ impl Checkpoint {
             dtype,
             storage: config.family.storage(),
         };
-        Ok(Self { tensors, config, shape, naming })
+        Ok(Self { tensors, config, settings, shape, naming })
     }
 
     /// Sizes, MoE layers, and the format of the expert tensors.
@@ -98,10 +104,21 @@ impl Checkpoint {
     /// # Errors
     /// [`ModelError::Input`] if the layer has no experts, or its tensors are missing.
     pub fn layer_weights(&self, layer: usize) -> Result<LayerWeights, ModelError> {
+        self.layer_shard(layer, &Shard::WHOLE)
+    }
+
+    /// The part of a layer that a rank holds: its experts, and its part of each. As in
+    /// [`layer_weights`](Self::layer_weights), matrices are views of the mapped files, so a rank's pages alone are read; of
+    /// what has to be copied, only the rank's part is.
+    ///
+    /// # Errors
+    /// As [`layer_weights`](Self::layer_weights) and [`Shard::share`].
+    pub fn layer_shard(&self, layer: usize, shard: &Shard) -> Result<LayerWeights, ModelError> {
         let block = self.block(layer)?;
+        let share = shard.share(&self.config.layer)?;
         let experts = Experts::find(&self.tensors, &self.config, &block)?;
-        let experts = load(&experts, &self.config.layer, self.config.family.storage())?;
-        Ok(LayerWeights::new(self.config.layer, experts, self.config.activation)
+        let experts = load(&experts, &self.config.layer, self.config.family.storage(), &share)?;
+        Ok(LayerWeights::new(share.shape, experts, self.config.activation)
             .map_err(|e| e.in_tensor(block).in_file(self.tensors.folder()))?)
     }
 
@@ -112,6 +129,54 @@ impl Checkpoint {
     pub fn router(&self, layer: usize) -> Result<RouterWeights, ModelError> {
         let block = self.block(layer)?;
         Ok(Router::find(&self.tensors, &self.config, &block)?.load(&self.config)?)
+    }
+
+    /// The folder that was opened.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.tensors.folder()
+    }
+
+    /// What `config.json` says about the rest of the model: attention, norms, embeddings.
+    ///
+    /// # Errors
+    /// [`ModelError::Input`] if the family is not one of those whose whole model is known (Qwen3-MoE, OLMoE), or a setting
+    /// is malformed, contradicts another or asks for what is not computed here (sliding windows, RoPE scaling but linear).
+    pub fn decoder_config(&self) -> Result<DecoderConfig, ModelError> {
+        let folder = self.tensors.folder();
+        let mut config = decoder::config(&self.settings, &self.config).map_err(|e| e.in_file(folder.join(CONFIG)))?;
+        let generation = folder.join(GENERATION_CONFIG);
+        if generation.exists() {
+            let settings: Value = read_json(&generation)?;
+            let ids = decoder::token_ids(settings.get("eos_token_id")).ok_or_else(|| {
+                let found = InputError::new("something else", "a token id or a list of them");
+                found.in_tensor("eos_token_id").in_file(generation)
+            })?;
+            if !ids.is_empty() {
+                config.eos_token_ids = ids;
+            }
+        }
+        Ok(config)
+    }
+
+    /// Everything of decoder layer `layer` but its router and routed experts.
+    ///
+    /// # Errors
+    /// As [`decoder_config`](Self::decoder_config), and if a tensor is missing, unknown or of the wrong shape or format.
+    pub fn decoder_layer(&self, layer: usize) -> Result<DecoderLayer, ModelError> {
+        let config = self.decoder_config()?;
+        let prefix = format!("{}{layer}.", self.naming[0]);
+        Ok(decoder::layer(&self.tensors, &config, self.shape.dtype, &prefix, layer)?)
+    }
+
+    /// Embeddings, the last norm and the head.
+    ///
+    /// # Errors
+    /// As [`decoder_layer`](Self::decoder_layer).
+    pub fn decoder_ends(&self) -> Result<DecoderEnds, ModelError> {
+        let config = self.decoder_config()?;
+        let root = self.naming[0].strip_suffix("layers.").unwrap_or_default();
+        Ok(decoder::ends(&self.tensors, &config, self.shape.dtype, root)?)
     }
 
     fn block(&self, layer: usize) -> Result<String, InputError> {

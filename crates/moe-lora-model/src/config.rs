@@ -4,7 +4,8 @@ mod fields;
 mod parse;
 mod router;
 
-pub(crate) use parse::parse;
+pub(crate) use fields::Fields;
+pub(crate) use parse::{family_and_fields, parse};
 
 use crate::Family;
 use moe_lora_core::{Activation, LayerShape, RouterConfig};

@@ -36,25 +36,24 @@ impl Block {
     }
 }
 
-/// Every `step`-th column of a dense `[rows, cols]` tensor slice, from column `first` on, as the rows of a new matrix:
-/// `[cols / step, rows]`. The slice starts `start` numbers into the tensor.
+/// `count` columns of a dense `[rows, cols]` tensor slice, every `step`-th from column `first` on, as the rows of a new
+/// matrix: `[count, rows]`. The slice starts `start` numbers into the tensor.
 pub(crate) fn transposed_columns(
     tensor: Tensor<'_>,
     start: usize,
     [rows, cols]: [usize; 2],
-    first: usize,
-    step: usize,
+    (first, step): (usize, usize),
+    count: usize,
 ) -> Result<Matrix, InputError> {
     fn copy<T: Element>(
         bytes: &[u8],
         [rows, cols]: [usize; 2],
-        first: usize,
-        step: usize,
+        (first, step): (usize, usize),
+        count: usize,
     ) -> Result<Matrix, InputError> {
         /// Rows and columns that are turned at a time, in a block that stays in the first cache.
         const TILE: usize = 64;
         let source: Cow<'_, [T]> = numbers(bytes);
-        let count = cols / step;
         let mut tile = [T::from_f32(0.0); TILE * TILE];
         let mut out = vec![T::from_f32(0.0); count * rows];
         for top in (0..rows).step_by(TILE) {
@@ -77,9 +76,9 @@ pub(crate) fn transposed_columns(
     let bytes = tensor.bytes()?.get(start * size..(start + rows * cols) * size);
     let bytes = bytes.ok_or_else(|| tensor.wrong("a slice outside the tensor", "a slice inside"))?;
     match dtype {
-        DType::F32 => copy::<f32>(bytes, [rows, cols], first, step),
-        DType::F16 => copy::<f16>(bytes, [rows, cols], first, step),
-        DType::Bf16 => copy::<bf16>(bytes, [rows, cols], first, step),
+        DType::F32 => copy::<f32>(bytes, [rows, cols], (first, step), count),
+        DType::F16 => copy::<f16>(bytes, [rows, cols], (first, step), count),
+        DType::Bf16 => copy::<bf16>(bytes, [rows, cols], (first, step), count),
     }
 }
 

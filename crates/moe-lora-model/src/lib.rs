@@ -9,6 +9,9 @@
 //! expert or with 3-D tensors of all experts, in f32, f16 or bf16. The experts of a model must have one format; the router
 //! may have another and keeps it. Shared experts are the engine's business. Quantised checkpoints are refused.
 //!
+//! Of Qwen3-MoE and OLMoE the rest of the model can be read too: [`Checkpoint::decoder_config`],
+//! [`Checkpoint::decoder_layer`] and [`Checkpoint::decoder_ends`].
+//!
 //! [`synthetic`] writes small checkpoints of every family for demos and tests.
 //!
 //! # Example
@@ -32,6 +35,7 @@
 mod checkpoint;
 mod config;
 mod convert;
+mod decoder;
 mod error;
 mod experts;
 mod family;
@@ -43,6 +47,7 @@ mod tensors;
 
 pub use checkpoint::Checkpoint;
 pub use config::ModelConfig;
+pub use decoder::{Attention, DecoderConfig, DecoderEnds, DecoderLayer, DenseMlp, QkNorm};
 pub use error::ModelError;
 pub use family::Family;
 

@@ -1,46 +1,53 @@
-//! Weights of one layer, from the tensors found for it.
+//! A rank's weights of one layer, from the tensors found for the layer.
 
 use crate::convert::{Block, to_f32, transposed_columns};
 use crate::experts::{Expert, Experts};
-use moe_lora_core::{ExpertBias, ExpertStorage, ExpertWeights, InputError, LayerShape};
+use moe_lora_core::{ExpertBias, ExpertStorage, ExpertWeights, InputError, LayerShape, Share};
 use rayon::prelude::*;
 
-/// Views of the mapped files; gpt-oss's 3-D tensors are copied into dense rows, as their columns alternate gate and up.
+/// Views of the mapped files; of gpt-oss's 3-D tensors the share is copied into dense rows, as their columns alternate gate
+/// and up.
 pub(crate) fn load(
     experts: &Experts<'_>,
     layer: &LayerShape,
     storage: ExpertStorage,
+    share: &Share,
 ) -> Result<Vec<ExpertWeights>, InputError> {
     match experts {
-        Experts::Each(experts) => experts.iter().map(|e| load_each(e, layer)).collect(),
+        Experts::Each(experts) => {
+            let mine = experts.get(share.experts.clone()).unwrap_or_default();
+            mine.iter().map(|e| share.of_expert(&load_each(e, layer)?)).collect()
+        }
         Experts::Fused { gate_up, down, bias } => {
             let LayerShape { hidden_size: h, intermediate_size: i, .. } = *layer;
             let biases = match *bias {
                 Some([gate_up, down]) => fused_biases(&to_f32(gate_up)?, &to_f32(down)?, layer),
                 None => Vec::new(),
             };
-            let bias = |e: usize| biases.get(e).cloned();
             if storage.transposed {
+                let (first, part) = (share.intermediate.start, share.intermediate.len());
                 let load = |e| {
+                    let gate_up =
+                        |half| transposed_columns(*gate_up, e * h * 2 * i, [h, 2 * i], (2 * first + half, 2), part);
                     Ok(ExpertWeights {
-                        gate: transposed_columns(*gate_up, e * h * 2 * i, [h, 2 * i], 0, 2)?,
-                        up: transposed_columns(*gate_up, e * h * 2 * i, [h, 2 * i], 1, 2)?,
-                        down: transposed_columns(*down, e * i * h, [i, h], 0, 1)?,
-                        bias: bias(e),
+                        gate: gate_up(0)?,
+                        up: gate_up(1)?,
+                        down: transposed_columns(*down, (e * i + first) * h, [part, h], (0, 1), h)?,
+                        bias: biases.get(e).map(|bias| share.of_bias(bias)).transpose()?,
                     })
                 };
-                return (0..layer.num_experts).into_par_iter().map(load).collect();
+                return share.experts.clone().into_par_iter().map(load).collect();
             }
             let (gate_up, down) = (Block::new(*gate_up)?, Block::new(*down)?);
             let load = |e| {
-                Ok(ExpertWeights {
+                share.of_expert(&ExpertWeights {
                     gate: gate_up.matrix(2 * e * i * h, i, h)?,
                     up: gate_up.matrix((2 * e + 1) * i * h, i, h)?,
                     down: down.matrix(e * h * i, h, i)?,
-                    bias: bias(e),
+                    bias: biases.get(e).cloned(),
                 })
             };
-            (0..layer.num_experts).map(load).collect()
+            share.experts.clone().map(load).collect()
         }
     }
 }

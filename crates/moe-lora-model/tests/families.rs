@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Folder, read, write, write_unpadded};
-use moe_lora_core::{DType, ExpertStorage, LayerShape, Matrix};
+use moe_lora_core::{DType, ExpertStorage, LayerShape, Matrix, Shard};
 use moe_lora_model::synthetic::{ExpertForm, Part, TinyModel};
 use moe_lora_model::{Checkpoint, Family};
 use safetensors::Dtype;
@@ -216,4 +216,31 @@ fn the_writer_says_where_it_failed() {
     let model = TinyModel::new(Family::Mixtral, shape());
     let error = moe_lora_model::synthetic::write_checkpoint(&file, &model).unwrap_err();
     assert!(error.input().is_none() && error.to_string().contains("file: cannot be written"), "{error}");
+}
+
+#[test]
+fn ranks_load_their_own_part_of_every_form() {
+    for (family, form) in [
+        (Family::Qwen3Moe, ExpertForm::Each),
+        (Family::Qwen3Moe, ExpertForm::Fused),
+        (Family::GptOss, ExpertForm::Each),
+        (Family::GptOss, ExpertForm::Fused),
+    ] {
+        let model = TinyModel { form, seed: 4, ..TinyModel::new(family, LayerShape::new(5, 2, 10, 24).unwrap()) };
+        let checkpoint = Folder::new(&model).open();
+        let whole = checkpoint.layer_weights(1).unwrap();
+        for shard in [(1, 1), (2, 1), (1, 5), (3, 2)].into_iter().flat_map(|(tp, ep)| Shard::grid(tp, ep).unwrap()) {
+            let (part, want) = (checkpoint.layer_shard(1, &shard).unwrap(), whole.shard(&shard).unwrap());
+            assert_eq!((part.shape(), part.activation()), (want.shape(), want.activation()));
+            for (part, want) in part.experts().iter().zip(want.experts()) {
+                assert_eq!(part.bias, want.bias);
+                for (part, want) in [(&part.gate, &want.gate), (&part.up, &want.up), (&part.down, &want.down)] {
+                    assert_eq!((part.shape(), part.to_vec::<f32>()), (want.shape(), want.to_vec::<f32>()), "{shard:?}");
+                    let copied = family == Family::GptOss && form == ExpertForm::Fused;
+                    assert_eq!(part.same_storage(want), !copied, "{family} {form:?}: a view of the mapped file");
+                }
+            }
+        }
+        assert!(checkpoint.layer_shard(1, &Shard::new(0, 1, 0, 6).unwrap()).is_err());
+    }
 }

@@ -11,6 +11,8 @@ pub struct PoolConfig {
     pub max_rank: usize,
     /// Adapters at a time; one more evicts another. It costs nothing until they are there. Default: 256.
     pub max_adapters: usize,
+    /// Who makes room. Default: the least recently used.
+    pub eviction: Eviction,
     /// On a GPU, versions of adapters at a time, those that batches still use included: the rows of the device tables, of
     /// 73 bytes an expert and layer each. Default: 64.
     pub device_slots: usize,
@@ -18,10 +20,22 @@ pub struct PoolConfig {
     pub host_bytes: usize,
 }
 
+/// Which adapter makes room first, of those that are neither pinned nor leased.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Eviction {
+    /// The one whose last lease is the longest ago.
+    #[default]
+    LeastRecent,
+    /// The one that was leased least often; counts fade with time and outlive evictions. Better where a few adapters are
+    /// asked for again and again and many now and then.
+    LeastFrequent,
+}
+
 impl Default for PoolConfig {
     fn default() -> Self {
         let bytes = usize::try_from(4_u64 << 30).unwrap_or(usize::MAX);
-        Self { bytes, max_rank: 512, max_adapters: 256, device_slots: 64, host_bytes: 1 << 30 }
+        let eviction = Eviction::LeastRecent;
+        Self { bytes, max_rank: 512, max_adapters: 256, eviction, device_slots: 64, host_bytes: 1 << 30 }
     }
 }
 

@@ -21,14 +21,20 @@ pub enum PoolError {
         /// The name.
         name: String,
     },
+    /// A name that an [`AdapterLibrary`](crate::AdapterLibrary) does not know.
+    #[error("adapter {name:?} is not registered")]
+    NotRegistered {
+        /// The name.
+        name: String,
+    },
     /// An id that means no adapter: unloaded or evicted since, or never given out by this pool.
     #[error("adapter id (slot {}, generation {}) means no loaded adapter: unloaded, evicted or never given out", id.slot, id.generation)]
     Stale {
         /// The id.
         id: AdapterId,
     },
-    /// `replace` of an adapter that another thread is replacing.
-    #[error("adapter {name:?} is being replaced by another call")]
+    /// An adapter that another call is replacing or loading, or that requests hold.
+    #[error("adapter {name:?} is being replaced or loaded by another call, or is in use")]
     Busy {
         /// The name.
         name: String,

@@ -6,6 +6,9 @@
 //! the lease drops. If the budget is full, the adapters that were not used for the longest time go, but never one that is
 //! pinned or leased. A call that fails leaves the pool as it was.
 //!
+//! An [`AdapterLibrary`] above it knows any number of adapters by name: it reads and packs them when somebody asks, keeps
+//! packed ones in host memory, admits requests in a fair order and gives adapters new versions while they are served.
+//!
 //! What stays and what goes is decided in one pure place that knows bytes, slots, uses, pins and leases; the [`Memory`]
 //! below it only stores and frees. The memory is the host's ([`HostMemory`]) or, with the feature `cuda`, a GPU's
 //! (`CudaMemory`).
@@ -42,21 +45,26 @@ mod config;
 mod device_table;
 mod error;
 mod lease;
+mod library;
 mod memory;
 mod policy;
 mod pool;
 mod shared;
 mod snapshot;
 
-pub use config::PoolConfig;
+pub use config::{Eviction, PoolConfig};
 #[cfg(feature = "cuda")]
 pub use device_table::DeviceTable;
 pub use error::PoolError;
 pub use lease::Lease;
+pub use library::{
+    AdapterLibrary, AdapterState, Admission, Counters, Held, LibraryConfig, LibraryEntry, LibrarySnapshot, Source,
+    Tier, Waiting,
+};
 #[cfg(feature = "cuda")]
 pub use memory::cuda::{CudaMemory, TableAddress};
 pub use memory::{HostMemory, Memory};
-pub use pool::AdapterPool;
+pub use pool::{AdapterPool, PackedAdapter};
 pub use snapshot::{AdapterSnapshot, PoolSnapshot};
 
 #[cfg(doctest)]

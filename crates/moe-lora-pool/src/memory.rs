@@ -171,6 +171,15 @@ impl Block {
         }
     }
 
+    /// Whether all of it has arrived.
+    pub(crate) fn is_ready(&self) -> bool {
+        match self {
+            Self::Host(_) => true,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(block) => block.is_ready(),
+        }
+    }
+
     /// Whether another block took its memory.
     pub(crate) fn is_gone(&self) -> bool {
         match self {

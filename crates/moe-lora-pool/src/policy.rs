@@ -7,7 +7,7 @@
 #[cfg(test)]
 mod tests;
 
-use crate::PoolError;
+use crate::{Eviction, PoolError};
 use moe_lora_core::AdapterId;
 use std::collections::HashMap;
 use std::mem;
@@ -24,7 +24,15 @@ pub(crate) struct Policy {
     loading: usize,
     /// Counts loads, replaces and leases: it dates uses and names versions.
     clock: u64,
+    eviction: Eviction,
+    /// Uses of adapters that are not loaded.
+    absent: HashMap<u64, u32>,
+    /// Uses since all counts were halved.
+    counted: usize,
 }
+
+/// Uses an adapter known, after which all counts are halved: what was asked for long ago fades.
+const FADE: usize = 32;
 
 #[derive(Debug)]
 struct Slot {
@@ -49,6 +57,9 @@ pub(crate) struct Tenant {
     pub(crate) pinned: bool,
     replacing: bool,
     last_use: u64,
+    /// Who it is, whatever slot it has.
+    who: u64,
+    uses: u32,
 }
 
 /// One version of an adapter in memory.
@@ -106,6 +117,7 @@ pub(crate) struct Ticket {
     /// Less than `bytes` where a replace counts on the bytes of the old version.
     charged: usize,
     row: u32,
+    who: u64,
     replaces: bool,
     in_place: bool,
 }
@@ -128,13 +140,23 @@ impl Ticket {
 
 impl Policy {
     /// `rows` limits the versions in memory, `max_adapters` those that are loaded.
-    pub(crate) fn new(budget: usize, max_adapters: usize, rows: usize) -> Self {
-        let rows = Rows { most: rows, taken: Vec::new() };
-        Self { budget, max_adapters, slots: Vec::new(), rows, draining: HashMap::new(), loading: 0, clock: 0 }
+    pub(crate) fn new(budget: usize, max_adapters: usize, rows: usize, eviction: Eviction) -> Self {
+        Self {
+            budget,
+            max_adapters,
+            slots: Vec::new(),
+            rows: Rows { most: rows, taken: Vec::new() },
+            draining: HashMap::new(),
+            loading: 0,
+            clock: 0,
+            eviction,
+            absent: HashMap::new(),
+            counted: 0,
+        }
     }
 
-    /// Makes room for a new adapter. Returns the slots whose tenants went for it; on an error none did.
-    pub(crate) fn admit(&mut self, bytes: usize) -> Result<(Ticket, Vec<u32>), PoolError> {
+    /// Makes room for a new adapter; `who` is the same whenever it comes. Returns the slots whose tenants went for it; on an error none did.
+    pub(crate) fn admit(&mut self, who: u64, bytes: usize) -> Result<(Ticket, Vec<u32>), PoolError> {
         let victims = self.victims(bytes, [1, 1], None)?;
         // Known before anybody goes, so that an error changes nothing.
         let no_slot = PoolError::NoSlot { max_adapters: self.max_adapters };
@@ -152,7 +174,7 @@ impl Policy {
         self.loading += bytes;
         let id = AdapterId { slot, generation };
         let row = self.rows.take();
-        Ok((Ticket { id, bytes, charged: bytes, row, replaces: false, in_place: false }, victims))
+        Ok((Ticket { id, bytes, charged: bytes, row, who, replaces: false, in_place: false }, victims))
     }
 
     /// Makes room for a new version beside the old one or, if others cannot make way and nobody leases the old version,
@@ -170,7 +192,7 @@ impl Policy {
         self.tenant(id)?.replacing = true;
         self.loading += charged;
         let row = if in_place { old_row } else { self.rows.take() };
-        Ok((Ticket { id, bytes, charged, row, replaces: true, in_place }, victims))
+        Ok((Ticket { id, bytes, charged, row, who: 0, replaces: true, in_place }, victims))
     }
 
     /// Whether a replace of this adapter is under way.
@@ -189,7 +211,7 @@ impl Policy {
     /// The new version becomes the one that is leased. After an error the ticket has to be cancelled.
     pub(crate) fn commit(&mut self, ticket: &Ticket) -> Result<AdapterId, PoolError> {
         self.check(ticket)?;
-        let Ticket { id, bytes, charged, row, replaces, in_place } = *ticket;
+        let Ticket { id, bytes, charged, row, who, replaces, in_place } = *ticket;
         let now = self.tick();
         let new = Stored { key: now, row, bytes, leases: 0 };
         if replaces {
@@ -200,7 +222,9 @@ impl Policy {
                 self.leave(old);
             }
         } else if let Some(slot) = self.slots.get_mut(id.slot as usize) {
-            slot.state = State::Loaded(Tenant { stored: new, pinned: false, replacing: false, last_use: now });
+            let uses = self.absent.remove(&who).unwrap_or(0);
+            let (pinned, replacing, last_use) = (false, false, now);
+            slot.state = State::Loaded(Tenant { stored: new, pinned, replacing, last_use, who, uses });
         }
         self.loading -= charged;
         Ok(id)
@@ -247,8 +271,10 @@ impl Policy {
             if let Some(State::Loaded(tenant)) = self.slots.get_mut(hold.slot as usize).map(|s| &mut s.state) {
                 tenant.stored.leases += 1;
                 tenant.last_use = now;
+                tenant.uses = tenant.uses.saturating_add(1);
             }
         }
+        self.fade(holds.len());
         Ok(holds)
     }
 
@@ -308,8 +334,28 @@ impl Policy {
         let next = place.generation.checked_add(1);
         let old = mem::replace(&mut place.state, if next.is_some() { State::Free } else { State::Worn });
         place.generation = next.unwrap_or(place.generation);
-        if let State::Loaded(Tenant { stored, .. }) = old {
+        if let State::Loaded(Tenant { stored, who, uses, .. }) = old {
             self.leave(stored);
+            if uses > 0 {
+                self.absent.insert(who, uses);
+            }
+        }
+    }
+
+    /// Halves all counts from time to time.
+    fn fade(&mut self, uses: usize) {
+        self.counted += uses;
+        if self.counted > FADE * (self.slots.len() + self.absent.len()) {
+            self.counted = 0;
+            self.absent.retain(|_, uses| {
+                *uses /= 2;
+                *uses > 0
+            });
+            for slot in &mut self.slots {
+                if let State::Loaded(tenant) = &mut slot.state {
+                    tenant.uses /= 2;
+                }
+            }
         }
     }
 
@@ -322,20 +368,29 @@ impl Policy {
         }
     }
 
-    /// Evicts the least recently used adapter that may go. Returns its slot.
+    /// Evicts the first adapter that may go. Returns its slot.
     pub(crate) fn evict_one(&mut self) -> Option<u32> {
-        let (_, slot) = self.tenants().filter(|(_, t)| t.evictable()).map(|(id, t)| (t.last_use, id.slot)).min()?;
+        let idle = self.tenants().filter(|(_, tenant)| tenant.evictable());
+        let (_, slot) = idle.map(|(id, tenant)| (self.rank(tenant), id.slot)).min()?;
         self.vacate(slot);
         Some(slot)
     }
 
-    /// The least recently used of those that may go, as many as `bytes` more bytes, slots and rows need; lower slots first
+    /// What goes first has the lowest rank.
+    const fn rank(&self, tenant: &Tenant) -> (u32, u64) {
+        match self.eviction {
+            Eviction::LeastRecent => (0, tenant.last_use),
+            Eviction::LeastFrequent => (tenant.uses, tenant.last_use),
+        }
+    }
+
+    /// The first of those that may go, as many as `bytes` more bytes, slots and rows need; lower slots first
     /// among those last used by the same batch.
     fn victims(&self, bytes: usize, [slots, rows]: [usize; 2], keep: Option<u32>) -> Result<Vec<u32>, PoolError> {
         let mut idle: Vec<_> = self
             .tenants()
             .filter(|(id, tenant)| tenant.evictable() && keep != Some(id.slot))
-            .map(|(id, tenant)| (tenant.last_use, id.slot, tenant.stored.bytes))
+            .map(|(id, tenant)| (self.rank(tenant), id.slot, tenant.stored.bytes))
             .collect();
         idle.sort_unstable();
         let mut idle = idle.into_iter();

@@ -1,16 +1,56 @@
 //! The pool that everybody sees: the work is done outside the lock, the decisions inside.
 
 use crate::check::check;
-use crate::memory::Store;
 #[cfg(feature = "cuda")]
 use crate::memory::cuda::TableAddress;
+use crate::memory::{Packed, Store};
 use crate::policy::Tenant;
 use crate::shared::{Claim, Shared};
 use crate::{AdapterSnapshot, Lease, Memory, PoolConfig, PoolError, PoolSnapshot};
 use moe_lora_core::{AdapterId, AdapterWeights, InputError, ModelShape, TokenAdapters};
 use std::collections::HashMap;
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
+
+/// An adapter in the form in which one pool's memory takes it. Clones share the bytes.
+#[derive(Clone)]
+pub struct PackedAdapter {
+    pool: Arc<Shared>,
+    packed: Packed,
+    bytes: usize,
+    max_rank: usize,
+}
+
+impl PackedAdapter {
+    /// What the pool's budget is charged for it.
+    #[must_use]
+    pub const fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Bytes of host memory that it takes: page-locked ones for a GPU.
+    #[must_use]
+    pub fn host_bytes(&self) -> usize {
+        match &self.packed {
+            Packed::Host(_) => self.bytes,
+            #[cfg(feature = "cuda")]
+            Packed::Cuda(image) => image.bytes(),
+        }
+    }
+
+    /// Its largest rank anywhere.
+    #[must_use]
+    pub const fn max_rank(&self) -> usize {
+        self.max_rank
+    }
+}
+
+impl fmt::Debug for PackedAdapter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PackedAdapter({} bytes, rank {})", self.bytes, self.max_rank)
+    }
+}
 
 /// The adapters of one model, within a budget of bytes. Clones are handles to the same pool.
 #[derive(Clone)]
@@ -40,20 +80,79 @@ impl AdapterPool {
     /// is pinned or in use leaves too little; [`OutOfMemory`](PoolError::OutOfMemory).
     pub fn load(&self, name: &str, weights: AdapterWeights) -> Result<AdapterId, PoolError> {
         let bytes = self.check(name, &weights)?;
-        let freeing = self.shared.freeing();
+        self.claim(name, bytes)?.fill(&weights)
+    }
+
+    /// Everything of a [`load`](Self::load) that needs no place in the pool, once for many: checks an adapter and converts it
+    /// into the form in which the pool's memory takes it. For a GPU that is page-locked memory, which a copy engine reads at
+    /// the speed of the link.
+    ///
+    /// # Errors
+    /// [`PoolError::Input`] as [`load`](Self::load); [`OutOfMemory`](PoolError::OutOfMemory). `name` is for errors.
+    pub fn pack(&self, name: &str, weights: &AdapterWeights) -> Result<PackedAdapter, PoolError> {
+        let bytes = self.check(name, weights)?;
+        let packed = self.shared.store.pack(weights, &self.shared.shape)?;
+        Ok(PackedAdapter { pool: Arc::clone(&self.shared), packed, bytes, max_rank: weights.max_rank() })
+    }
+
+    /// [`load`](Self::load) of a packed adapter. On a GPU it returns when the copies are on their way.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), and [`PoolError::Input`] if another pool packed it.
+    pub fn load_packed(&self, name: &str, adapter: &PackedAdapter) -> Result<AdapterId, PoolError> {
+        self.own(name, adapter)?;
+        self.claim(name, adapter.bytes)?.store(&adapter.packed, adapter.max_rank)
+    }
+
+    /// [`replace`](Self::replace) by a packed adapter.
+    ///
+    /// # Errors
+    /// As [`replace`](Self::replace), and [`PoolError::Input`] if another pool packed it.
+    pub fn replace_packed(&self, name: &str, adapter: &PackedAdapter) -> Result<AdapterId, PoolError> {
+        self.own(name, adapter)?;
+        self.claim_replacement(name, adapter.bytes)?.store(&adapter.packed, adapter.max_rank)
+    }
+
+    fn own(&self, name: &str, adapter: &PackedAdapter) -> Result<(), InputError> {
+        match Arc::ptr_eq(&self.shared, &adapter.pool) {
+            true => Ok(()),
+            false => Err(InputError::new("an adapter that another pool packed", "one that this pool packed")
+                .in_tensor(format!("adapter {name:?}"))),
+        }
+    }
+
+    /// Room for a new adapter.
+    fn claim(&self, name: &str, bytes: usize) -> Result<Claim<'_>, PoolError> {
+        let _freeing = self.shared.freeing();
         let mut state = self.shared.state();
         if state.names.contains_key(name) {
             return Err(PoolError::AlreadyLoaded { name: name.into() });
         }
-        let (ticket, victims) = state.policy.admit(bytes)?;
-        let evicted = state.take(&victims);
-        state.evictions += evicted.len() as u64;
+        let (ticket, victims) = state.policy.admit(who(name), bytes)?;
+        let evicted = state.evict(&victims);
         let name: Arc<str> = name.into();
         state.names.insert(name.clone(), None);
         drop(state);
         drop(evicted);
-        drop(freeing);
-        Claim::new(&self.shared, name, ticket, true).fill(&weights)
+        Ok(Claim::new(&self.shared, name, ticket, true))
+    }
+
+    /// Room for a new version.
+    fn claim_replacement(&self, name: &str, bytes: usize) -> Result<Claim<'_>, PoolError> {
+        let _freeing = self.shared.freeing();
+        let mut state = self.shared.state();
+        let Some((name, id)) = state.names.get_key_value(name).and_then(|(name, id)| Some((name.clone(), (*id)?)))
+        else {
+            return Err(PoolError::NotLoaded { name: name.into() });
+        };
+        if state.policy.replacing(id)? {
+            return Err(PoolError::Busy { name: name.as_ref().into() });
+        }
+        let (ticket, victims) = state.policy.admit_replacement(id, bytes)?;
+        let evicted = state.evict(&victims);
+        drop(state);
+        drop(evicted);
+        Ok(Claim::new(&self.shared, name, ticket, false))
     }
 
     /// Gives a loaded adapter new weights under the same id. Leases taken before keep the old version, leases taken
@@ -69,22 +168,7 @@ impl AdapterPool {
     /// replacing the adapter; [`Stale`](PoolError::Stale) if it was unloaded meanwhile. The old version stays served.
     pub fn replace(&self, name: &str, weights: AdapterWeights) -> Result<AdapterId, PoolError> {
         let bytes = self.check(name, &weights)?;
-        let freeing = self.shared.freeing();
-        let mut state = self.shared.state();
-        let Some((name, id)) = state.names.get_key_value(name).and_then(|(name, id)| Some((name.clone(), (*id)?)))
-        else {
-            return Err(PoolError::NotLoaded { name: name.into() });
-        };
-        if state.policy.replacing(id)? {
-            return Err(PoolError::Busy { name: name.as_ref().into() });
-        }
-        let (ticket, victims) = state.policy.admit_replacement(id, bytes)?;
-        let evicted = state.take(&victims);
-        state.evictions += evicted.len() as u64;
-        drop(state);
-        drop(evicted);
-        drop(freeing);
-        Claim::new(&self.shared, name, ticket, false).fill(&weights)
+        self.claim_replacement(name, bytes)?.fill(&weights)
     }
 
     /// Takes an adapter out, pinned or not. Its id is stale at once; its bytes are free at once or when the last lease of
@@ -122,6 +206,20 @@ impl AdapterPool {
     #[must_use]
     pub fn find(&self, name: &str) -> Option<AdapterId> {
         *self.shared.state().names.get(name)?
+    }
+
+    /// Whether all bytes of a loaded adapter have arrived; `None` if it is not loaded.
+    #[must_use]
+    pub fn is_uploaded(&self, name: &str) -> Option<bool> {
+        let state = self.shared.state();
+        let id = (*state.names.get(name)?)?;
+        Some(state.residents.get(&id.slot)?.block.is_ready())
+    }
+
+    /// The most bytes and the most adapters at a time.
+    pub(crate) fn limits(&self) -> (usize, usize) {
+        let Shared { config, store, .. } = &*self.shared;
+        (config.bytes, config.max_adapters.min(store.rows(config)))
     }
 
     /// Holds all adapters of a batch, which counts as a use of each.
@@ -222,6 +320,13 @@ impl AdapterPool {
         }
         Ok(bytes)
     }
+}
+
+/// The same for a name whenever it comes.
+fn who(name: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    hasher.finish()
 }
 
 impl fmt::Debug for AdapterPool {

@@ -41,7 +41,7 @@ impl Shared {
     pub(crate) fn new(memory: Memory, shape: ModelShape, config: PoolConfig) -> Result<Self, PoolError> {
         let store = Store::new(&memory, &shape, &config)?;
         let state = State {
-            policy: Policy::new(config.bytes, config.max_adapters, store.rows(&config)),
+            policy: Policy::new(config.bytes, config.max_adapters, store.rows(&config), config.eviction),
             names: HashMap::new(),
             residents: HashMap::new(),
             loads: 0,
@@ -62,6 +62,16 @@ impl Shared {
 }
 
 impl State {
+    /// Forgets tenants that had to go.
+    pub(crate) fn evict(&mut self, slots: &[u32]) -> Vec<Resident> {
+        self.evictions += slots.len() as u64;
+        let evicted = self.take(slots);
+        for Resident { name, .. } in &evicted {
+            tracing::debug!(adapter = &**name, "evicted");
+        }
+        evicted
+    }
+
     /// Forgets the tenants of slots that the policy emptied.
     pub(crate) fn take(&mut self, slots: &[u32]) -> Vec<Resident> {
         let taken: Vec<_> = slots.iter().filter_map(|slot| self.residents.remove(slot)).collect();
@@ -88,10 +98,15 @@ impl<'a> Claim<'a> {
     }
 
     /// Packs the weights, which is the slow part, stores them, and makes them the ones that are leased.
-    pub(crate) fn fill(mut self, weights: &AdapterWeights) -> Result<AdapterId, PoolError> {
+    pub(crate) fn fill(self, weights: &AdapterWeights) -> Result<AdapterId, PoolError> {
         let packed = self.shared.store.pack(weights, &self.shared.shape)?;
+        self.store(&packed, weights.max_rank())
+    }
+
+    /// Stores packed weights, and makes them the ones that are leased.
+    pub(crate) fn store(mut self, packed: &Packed, max_rank: usize) -> Result<AdapterId, PoolError> {
         let block = match self.ticket.in_place() {
-            false => Some(self.place(&packed)?),
+            false => Some(self.place(packed)?),
             true => None,
         };
         let _freeing = self.shared.freeing();
@@ -100,21 +115,23 @@ impl<'a> Claim<'a> {
         state.policy.check(&self.ticket)?;
         let block = match block {
             Some(block) => block,
-            None => self.place_instead(&packed, state)?,
+            None => self.place_instead(packed, state)?,
         };
         let id = state.policy.commit(&self.ticket)?;
         self.open = false;
         let version = state.residents.get(&id.slot).map_or(0, |old| old.version) + 1;
         let (name, block) = (self.name.clone(), Arc::new(block));
-        let old = state.residents.insert(id.slot, Resident { name, version, max_rank: weights.max_rank(), block });
+        let old = state.residents.insert(id.slot, Resident { name, version, max_rank, block });
         if self.loads {
             state.names.insert(self.name.clone(), Some(id));
             state.loads += 1;
         } else {
             state.replaces += 1;
         }
+        let bytes = state.policy.used();
         drop(guard);
         drop(old);
+        tracing::debug!(adapter = &*self.name, version, max_rank, used_bytes = bytes, "stored");
         Ok(id)
     }
 
@@ -126,8 +143,7 @@ impl<'a> Claim<'a> {
             let _freeing = self.shared.freeing();
             let mut state = self.shared.state();
             let Some(victim) = state.policy.evict_one() else { return placed };
-            let evicted = state.take(&[victim]);
-            state.evictions += 1;
+            let evicted = state.evict(&[victim]);
             drop(state);
             drop(evicted);
         }
@@ -189,7 +205,7 @@ mod tests {
         let pool = AdapterPool::new(HostMemory, &shape, PoolConfig::default()).unwrap();
         let nothing = || AdapterWeights::new(&shape, BTreeMap::new()).unwrap();
         let before = pool.snapshot();
-        let (ticket, _) = pool.shared.state().policy.admit(100).unwrap();
+        let (ticket, _) = pool.shared.state().policy.admit(0, 100).unwrap();
         pool.shared.state().names.insert("new".into(), None);
         let claim = Claim::new(&pool.shared, "new".into(), ticket, true);
         assert_eq!((pool.snapshot().used_bytes, pool.find("new")), (100, None));

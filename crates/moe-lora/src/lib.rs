@@ -28,18 +28,21 @@ pub use moe_lora_adapter::{AdapterError, PeftAdapter};
 pub use moe_lora_core::{
     Activation, AdapterId, AdapterLayer, AdapterTable, AdapterWeights, Buffer, DType, Element, ExpertBias, ExpertLora,
     ExpertWeights, InputError, LayerShape, LayerWeights, Lora, Matrix, ModelShape, Projection, RouterConfig,
-    RouterWeightPlacement, RouterWeights, Routing, TokenAdapters, TopK,
+    RouterWeightPlacement, RouterWeights, Routing, Shard, TokenAdapters, TopK,
 };
 #[cfg(feature = "cuda")]
 pub use moe_lora_layer::LayerGraph;
 pub use moe_lora_layer::{FusedMoEWithLoRA, LayerError};
 pub use moe_lora_model::{Checkpoint, ModelError};
-pub use moe_lora_pool::{AdapterPool, Lease, PoolConfig, PoolError};
+pub use moe_lora_pool::{
+    AdapterLibrary, AdapterPool, Admission, Eviction, Held, Lease, LibraryConfig, PoolConfig, PoolError, Source, Tier,
+};
 pub use moe_lora_runner::{Batch, Device, Limits, MoeRunner, RunnerError};
 #[cfg(feature = "cuda")]
 pub use moe_lora_runner::{CapturedForward, CudaRunner, CudaWeights, raw, slices};
 
 pub use moe_lora_adapter as adapter;
+pub use moe_lora_collective as collective;
 pub use moe_lora_gemm as gemm;
 pub use moe_lora_model as model;
 pub use moe_lora_pool as pool;

@@ -16,9 +16,13 @@ cd "$(dirname "$0")"
 export MOE_LORA_REQUIRE_GPU=1 MOE_LORA_FIXTURES="$PWD/golden" MOE_LORA_BIN="$PWD/bin/moe-lora"
 limit=${LIMIT:-300}
 
-programs() {
-  local pattern
-  for pattern in ${TESTS:-*}; do compgen -G "tests/$pattern"; done
+# The chosen programs; none is a failure.
+programs=()
+choose() {
+  local patterns pattern
+  read -ra patterns <<<"${TESTS:-*}"
+  for pattern in "${patterns[@]}"; do programs+=($(compgen -G "tests/$pattern")); done
+  [ ${#programs[@]} -gt 0 ] || { echo "no program in tests/ is called ${TESTS:-*}"; failed=$((failed + 1)); }
 }
 
 # Runs "$@", prints one line about it, and on failure all that it said.
@@ -35,7 +39,7 @@ checked() {
 
 run_tests() {
   local program
-  for program in $(programs); do checked "${program#tests/}" "$program" ${FILTER:-}; done
+  for program in "${programs[@]}"; do checked "${program#tests/}" "$program" ${FILTER:-}; done
 }
 
 run_sanitizers() {
@@ -48,7 +52,7 @@ run_sanitizers() {
     # Some tests ask the driver for what it must refuse.
     local options=(--tool "$tool" --target-processes all --error-exitcode 9)
     [ "$tool" != memcheck ] || options+=(--report-api-errors no)
-    for program in $(programs); do
+    for program in "${programs[@]}"; do
       # The command starts programs of its own; the sanitizers follow them.
       checked "$tool ${program#tests/}" "$sanitizer" "${options[@]}" "$program" --test-threads 1 ${FILTER:-}
     done
@@ -59,8 +63,8 @@ failed=0
 command=${1:-help}
 [ $# = 0 ] || shift
 case $command in
-  tests) run_tests ;;
-  sanitize) run_sanitizers "$@" ;;
+  tests) choose && run_tests ;;
+  sanitize) choose && run_sanitizers "$@" ;;
   bench) bin/moe-lora-bench gpu "$@" || failed=1 ;;
   peers)
     rows=${ROWS:-peers.json}
@@ -72,6 +76,7 @@ case $command in
     for file in "${others[@]}"; do bin/moe-lora-bench compare "$rows" "$file" || failed=1; done
     ;;
   all)
+    choose
     run_tests
     run_sanitizers
     bin/moe-lora-bench gpu "$@" || failed=$((failed + 1))

@@ -79,7 +79,7 @@ pub(super) fn run<E: Engine>(engine: E, batch: &Batch<'_>, hidden: Slice<'_>, ws
 }
 
 /// Copies rows of `width` to rows `stride` apart, in another format.
-fn convert<X: Element>(from: Slice<'_>, width: usize, to: &mut [X], stride: usize) {
+pub(super) fn convert<X: Element>(from: Slice<'_>, width: usize, to: &mut [X], stride: usize) {
     fn each<S: Element, X: Element>(from: &[S], width: usize, to: &mut [X], stride: usize) {
         to.par_chunks_mut(stride).zip(from.par_chunks(width)).for_each(|(to, from)| {
             for (to, from) in to.iter_mut().zip(from) {

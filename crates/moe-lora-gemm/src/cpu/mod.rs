@@ -15,6 +15,10 @@
 //! both. A down B that all experts share is applied in [`combine`], once a token, to `sum_j w_j s A_j h_j`. Rows without
 //! an adapter, and projections that an adapter does not change, cost nothing.
 //!
+//! Around the experts, an engine needs two more functions: [`linear`] is a dense projection whose rows each have their
+//! own adapter (attention, the head of the model), and [`products`] multiplies a few vectors with a strided view (scores
+//! and sums over a key-value cache). Both give a row the same bits whatever is beside it.
+//!
 //! # Rounding
 //!
 //! All sums are f32. Numbers are rounded to less than that in these places only:
@@ -68,12 +72,14 @@ mod combine;
 mod down;
 mod gate_up;
 mod kernel;
+mod linear;
 mod project;
 mod shrink;
 mod simd;
 mod workspace;
 
 pub use kernel::Kernel;
+pub use linear::{Linear, LinearScratch, linear, products};
 pub use workspace::Workspace;
 
 use crate::GemmError;

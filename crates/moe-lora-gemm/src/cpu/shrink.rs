@@ -99,8 +99,13 @@ pub(super) fn rows<'x, E: Engine>(
     });
 }
 
-/// `write(n, r, (A x[n])[r])` for every vector and block of ranks.
-fn apply<E: Engine>(engine: E, a: &Matrix, x: &[&[E::X]], mut write: impl FnMut(usize, Range<usize>, &[f32])) {
+/// `write(n, r, (A x[n])[r])` for every one of at most [`BAND_ROWS`] vectors and every block of ranks.
+pub(super) fn apply<E: Engine>(
+    engine: E,
+    a: &Matrix,
+    x: &[&[E::X]],
+    mut write: impl FnMut(usize, Range<usize>, &[f32]),
+) {
     let mut sums = [[0.0; BLOCK]; BAND_ROWS];
     let sums: &mut Sums = &mut sums[..x.len()];
     for first in (0..a.rows()).step_by(BLOCK) {

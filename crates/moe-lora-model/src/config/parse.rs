@@ -34,7 +34,7 @@ pub(crate) fn parse(config: &Value) -> Result<ModelConfig, InputError> {
 }
 
 /// The family and the object that holds its settings: the file's own, or the `text_config` of a multimodal model.
-fn family_and_fields(root: &Map<String, Value>) -> Result<(Family, Fields<'_>), InputError> {
+pub(crate) fn family_and_fields(root: &Map<String, Value>) -> Result<(Family, Fields<'_>), InputError> {
     let fields = Fields::new(root, "");
     if let Some(family) = fields.text("model_type")?.and_then(Family::from_model_type) {
         return Ok((family, fields));

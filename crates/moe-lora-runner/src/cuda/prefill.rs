@@ -5,7 +5,7 @@ use moe_lora_cuda::Gpu;
 use moe_lora_kernels::{Format, Kernel};
 
 /// Rows of an expert, on average, from which these products are faster: see docs/kernels.md.
-const LEAST_ROWS: u64 = 32;
+const LEAST_ROWS: u64 = 24;
 
 /// Whether the batch takes this path: a function of sizes, activation, layout and GPU, never of routing or adapters.
 pub(super) fn suits(gpu: &Gpu, format: Format, args: &ForwardArgs) -> bool {
@@ -29,7 +29,7 @@ mod tests {
     #[test]
     fn experts_with_many_rows_take_this_path() {
         // Qwen3-30B, DeepSeek-V3, Mixtral.
-        for (top_k, experts, least) in [(8, 128, 512), (8, 256, 1024), (2, 8, 128)] {
+        for (top_k, experts, least) in [(8, 128, 384), (8, 256, 768), (2, 8, 96)] {
             assert!(!many_rows(least - 1, top_k, experts) && many_rows(least, top_k, experts));
         }
         assert!(many_rows(u32::MAX, 8, 1024) && !many_rows(0, 8, 1));

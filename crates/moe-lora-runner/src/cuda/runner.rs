@@ -7,7 +7,7 @@ use crate::{Batch, Limits, RunnerError};
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
 use moe_lora_core::{DType, Element, InputError, LayerShape};
-use moe_lora_cuda::{DeviceBuffer, Event, Gpu, Layout, PinnedBuffer, Stream};
+use moe_lora_cuda::{DeviceBuffer, Event, Gpu, GpuError, Layout, PinnedBuffer, Stream};
 use moe_lora_pool::DeviceTable;
 use std::sync::Arc;
 
@@ -83,10 +83,36 @@ impl CudaRunner {
         batch: &Batch<'_, X, &DeviceTable<'_>>,
         out: &mut [Y],
     ) -> Result<(), RunnerError> {
-        batch.check(&self.shape, weights.shape(), out.len())?;
-        self.check(weights, batch.adapters)?;
-        check_ids(batch, &self.shape)?;
-        batch.adapters.wait_on(&self.stream)?;
+        self.forward_with(weights, batch, None, out)
+    }
+
+    /// [`forward`](Self::forward) of one of several ranks: `reduce` is given every piece of the output while it is still in
+    /// GPU memory, as f32, and adds an all-reduce of it to the runner's stream. It gets the buffer, the first value's byte and
+    /// the number of values.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and those of `reduce`.
+    pub fn forward_reduced<X: Element, Y: Element, E: From<RunnerError>>(
+        &mut self,
+        weights: &CudaWeights,
+        batch: &Batch<'_, X, &DeviceTable<'_>>,
+        mut reduce: impl FnMut(&Stream, &DeviceBuffer, usize, usize) -> Result<(), E>,
+        out: &mut [Y],
+    ) -> Result<(), E> {
+        self.forward_with(weights, batch, Some(&mut reduce), out)
+    }
+
+    fn forward_with<X: Element, Y: Element, E: From<RunnerError>>(
+        &mut self,
+        weights: &CudaWeights,
+        batch: &Batch<'_, X, &DeviceTable<'_>>,
+        mut reduce: Option<Reduce<'_, E>>,
+        out: &mut [Y],
+    ) -> Result<(), E> {
+        batch.check(&self.shape, weights.shape(), out.len()).map_err(RunnerError::from)?;
+        self.check(weights, batch.adapters).map_err(RunnerError::from)?;
+        check_ids(batch, &self.shape).map_err(RunnerError::from)?;
+        batch.adapters.wait_on(&self.stream).map_err(RunnerError::from)?;
         self.begin(&self.stream)?;
         let (width, top_k, piece) = (self.shape.hidden_size, self.shape.top_k, self.limits.max_tokens);
         let tokens = batch.token_slots.chunks(piece);
@@ -94,7 +120,16 @@ impl CudaRunner {
         let routing = batch.topk_ids.chunks(piece * top_k).zip(batch.topk_weights.chunks(piece * top_k));
         for ((token_slots, (hidden, out)), (topk_ids, topk_weights)) in tokens.zip(hidden).zip(routing) {
             let piece = Batch { hidden, topk_ids, topk_weights, token_slots, adapters: batch.adapters };
-            self.piece(weights, &piece, out)?;
+            let out_f32 = reduce.is_some() || Y::DTYPE != weights.dtype();
+            let place = self.launch(weights, &piece, out_f32)?;
+            if let Some(reduce) = &mut reduce
+                && let Err(error) = reduce(&self.stream, &self.tensors, place, out.len())
+            {
+                // The layer still reads what the caller lends.
+                let _ = self.stream.synchronize();
+                return Err(error);
+            }
+            self.download(place, out_f32, out).map_err(RunnerError::from)?;
             // The stream was waited for, and had waited for whoever came before.
             self.last = None;
         }
@@ -203,12 +238,13 @@ impl CudaRunner {
         }
     }
 
-    fn piece<X: Element, Y: Element>(
+    /// Copies a piece's inputs to the GPU and gives the layer to the stream; returns where in `tensors` the output will be.
+    fn launch<X: Element>(
         &mut self,
         weights: &CudaWeights,
         batch: &Batch<'_, X, &DeviceTable<'_>>,
-        out: &mut [Y],
-    ) -> Result<(), RunnerError> {
+        out_f32: bool,
+    ) -> Result<usize, RunnerError> {
         let tokens = Tensors::new(batch.token_slots.len(), self.shape.top_k, self.shape.hidden_size);
         let inputs = &mut self.inputs.as_mut_slice()[..tokens.inputs];
         write_hidden(&mut inputs[tokens.hidden..], batch.hidden, weights.dtype());
@@ -217,7 +253,6 @@ impl CudaRunner {
         put(&mut inputs[tokens.token_slots..], batch.token_slots);
         self.stream.upload(&self.tensors, 0, inputs)?;
 
-        let out_f32 = Y::DTYPE != weights.dtype();
         let at = |offset: usize| self.tensors.address() + offset as u64;
         let args = ForwardArgs {
             stream: self.stream.handle(),
@@ -234,17 +269,20 @@ impl CudaRunner {
         #[allow(unsafe_code, reason = "meets the raw door")]
         // SAFETY: tensors and workspace are this runner's own, filled above in the sizes and the format that `check` found
         // weights and adapters to have. Ids were checked by `check_ids`, slots by `changes`; the stream has waited for what
-        // these slots of the table say, and weights and lease are borrowed until the download below has waited for it.
+        // these slots of the table say, and `forward_with`, which borrows weights and lease, waits for it.
         unsafe {
             raw::forward(&self.gpu, &args)?;
         }
+        Ok(tokens.out)
+    }
+
+    fn download<Y: Element>(&self, place: usize, out_f32: bool, out: &mut [Y]) -> Result<(), GpuError> {
         if !out_f32 || Y::DTYPE == DType::F32 {
-            self.stream.download(&self.tensors, tokens.out, out)?;
-        } else {
-            let mut wide = vec![0.0_f32; out.len()];
-            self.stream.download(&self.tensors, tokens.out, &mut wide)?;
-            out.iter_mut().zip(wide).for_each(|(to, from)| *to = Y::from_f32(from));
+            return self.stream.download(&self.tensors, place, out);
         }
+        let mut wide = vec![0.0_f32; out.len()];
+        self.stream.download(&self.tensors, place, &mut wide)?;
+        out.iter_mut().zip(wide).for_each(|(to, from)| *to = Y::from_f32(from));
         Ok(())
     }
 
@@ -268,6 +306,9 @@ impl CudaRunner {
         self.limits.check_rank(adapters.max_rank())
     }
 }
+
+/// Adds an all-reduce to a stream: of how many f32 values, from which byte of the buffer on.
+type Reduce<'a, E> = &'a mut dyn FnMut(&Stream, &DeviceBuffer, usize, usize) -> Result<(), E>;
 
 /// Places of a batch's tensors in one allocation, inputs first.
 struct Tensors {

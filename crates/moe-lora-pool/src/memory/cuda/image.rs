@@ -92,6 +92,11 @@ impl Image {
         }
         Ok(image)
     }
+
+    /// Bytes of page-locked memory.
+    pub(crate) fn bytes(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.as_slice().len()).sum()
+    }
 }
 
 impl Drop for Image {

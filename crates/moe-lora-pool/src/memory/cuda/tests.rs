@@ -4,7 +4,7 @@
 use super::plan::Side;
 use super::*;
 use crate::memory::Store;
-use crate::{AdapterPool, Lease};
+use crate::{AdapterLibrary, AdapterPool, Admission, Lease, LibraryConfig, Source};
 use bytemuck::pod_read_unaligned;
 use half::bf16;
 use moe_lora_core::{AdapterId, LayerShape, Matrix, Projection, TokenAdapters};
@@ -224,4 +224,44 @@ fn the_budget_is_exact_and_what_the_gpu_refuses_changes_nothing() {
     assert_eq!(huge.snapshot(), before);
     let held = lease(&huge, &[id]);
     assert_holds(&huge, &held, 0, &adapter(1, 16));
+}
+
+/// The library over a GPU: what is admitted is in the GPU's memory, byte by byte, while adapters come and go and change.
+#[test]
+fn a_library_keeps_its_promises_on_a_gpu() {
+    let Some(gpu) = testing::gpu("library") else { return };
+    let most = (1..40).map(|seed| CudaStore::bytes(&adapter(seed, 24))).max().unwrap();
+    let pool = pool(&gpu, PoolConfig { bytes: 4 * most, device_slots: 7, ..Default::default() });
+    let config = LibraryConfig { host_bytes: 24 * most, loaders: 2, patience: 4 };
+    let library = AdapterLibrary::new(pool, config).unwrap();
+    let mut seeds: Vec<u64> = (1..20).collect();
+    for (name, &seed) in seeds.iter().enumerate() {
+        library.register(&name.to_string(), Source::new(move || Ok(adapter(seed, 24)))).unwrap();
+    }
+    let mut rng = fastrand::Rng::with_seed(5);
+    let mut running = std::collections::VecDeque::new();
+    for step in 0..300 {
+        let name = rng.usize(..seeds.len());
+        if rng.u8(..4) == 0 {
+            match library.replace(&name.to_string(), &adapter(20 + step % 20, 24)) {
+                Ok(_) => seeds[name] = 20 + step % 20,
+                Err(error) => assert!(matches!(error, PoolError::Busy { .. } | PoolError::NoRoom { .. }), "{error}"),
+            }
+        }
+        let mut answer = library.admit(&[&name.to_string()]).unwrap();
+        if let Admission::Waiting(waiting) = answer {
+            answer = waiting.wait(std::time::Duration::from_secs(10)).unwrap();
+        }
+        let Admission::Ready(held) = answer else { unreachable!("{answer:?}") };
+        if rng.u8(..4) == 0 {
+            let lease = lease(library.pool(), &held.ids());
+            assert_holds(library.pool(), &lease, lease.device_slots()[0], &adapter(seeds[name], 24));
+        }
+        running.push_back(held);
+        if running.len() > 2 {
+            running.pop_front();
+        }
+    }
+    let snapshot = library.snapshot();
+    assert!(snapshot.counters.uploads > 50 && snapshot.pool.used_bytes <= 4 * most, "{snapshot}");
 }

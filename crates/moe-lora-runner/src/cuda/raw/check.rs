@@ -27,7 +27,7 @@ impl ForwardArgs {
     /// The layer's sizes, if everything about this forward is as it has to be; the workspace's size is not looked at.
     pub(in crate::cuda) fn check(&self) -> Result<LayerShape, InputError> {
         let sizes = [self.num_experts, self.top_k, self.hidden_size, self.intermediate_size].map(|n| n as usize);
-        let shape = LayerShape::new(sizes[0], sizes[1], sizes[2], sizes[3])?;
+        let shape = LayerShape::of_rank(sizes[0], sizes[1], sizes[2], sizes[3])?;
         check_sizes(&shape, self.num_tokens as usize, self.max_rank as usize)?;
         self.check_settings()?;
         if self.num_tokens > 0 {
@@ -183,7 +183,9 @@ mod tests {
     #[test]
     fn good_forwards_pass() {
         assert_eq!(args().check().unwrap(), LayerShape::new(4, 2, 64, 32).unwrap());
-        let good: [Change; 8] = [
+        let good: [Change; 9] = [
+            // One rank's part of a layer.
+            |a| a.top_k = 5,
             |a| *a = a.with_w13(1 << 30, true),
             |a| (a.num_tokens, a.hidden, a.out, a.gate_up_row_stride) = (0, 0, 0, 0),
             |a| (a.num_slots, a.max_rank, a.token_slots, a.adapters) = (0, 0, 0, 0),
@@ -205,7 +207,7 @@ mod tests {
         let wrong: [(&str, Change); 30] = [
             ("num_experts: found 0", |a| a.num_experts = 0),
             ("1025 experts", |a| (a.num_experts, a.top_k) = (1025, 2)),
-            ("top_k: found 5", |a| a.top_k = 5),
+            ("top_k: found 0", |a| a.top_k = 0),
             ("hidden size 63", |a| a.hidden_size = 63),
             ("num_tokens: found", |a| a.num_tokens = 1 << 30),
             ("max_rank: found 0 for 3", |a| a.max_rank = 0),
