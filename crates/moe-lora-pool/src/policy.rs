@@ -5,6 +5,8 @@
 //! run side by side cannot overshoot the budget together.
 
 #[cfg(test)]
+mod interleavings;
+#[cfg(test)]
 mod tests;
 
 use crate::{Eviction, PoolError};
