@@ -150,10 +150,11 @@ impl AdapterLibrary {
         }
         state.entries.remove(name);
         state.pinned.remove(name);
-        if let Some(id) = self.shared.pool.find(name) {
-            self.shared.pool.unload(id)?;
+        match self.shared.pool.find(name).map(|id| self.shared.pool.unload(id)) {
+            // A loader may evict it between the two calls.
+            None | Some(Ok(()) | Err(PoolError::Stale { .. })) => Ok(()),
+            Some(error) => error,
         }
-        Ok(())
     }
 
     /// Asks for an adapter to be brought to a tier soon. Returns at once; what waits in [`admit`](Self::admit) goes first.
