@@ -21,20 +21,22 @@ namespace {
 
 constexpr int kDownThreads = kStreamThreads + kShrinkThreads;
 
-// The part of k of an expert's tile that a block of the cluster does, in stages.
+// The part of k of an expert's tile that a block of the cluster does, in stages. Parts are made of 128 of k whatever a stage holds, so
+// that sums have the same order in every plan.
 struct Part {
     uint32_t first, steps;
 
-    __device__ __forceinline__ Part(const DecodeDownParams& p, uint32_t all, uint32_t rank, uint32_t expert) {
-        const uint32_t turned = expert % p.cluster;
-        first = (all * rank + turned) / p.cluster;
-        steps = (all * (rank + 1) + turned) / p.cluster - first;
+    __device__ __forceinline__ Part(const DecodeDownParams& p, uint32_t rank, uint32_t expert) {
+        const uint32_t all = (p.intermediate_size + 2 * kTileDepth - 1) / (2 * kTileDepth), turned = expert % p.cluster;
+        const uint32_t begin = (all * rank + turned) / p.cluster, end = (all * (rank + 1) + turned) / p.cluster;
+        first = begin * 2 / p.stage_tiles;
+        steps = (end - begin) * 2 / p.stage_tiles;
     }
 };
 
 // What a block works on, and where its shared memory is.
 struct Job {
-    uint32_t rank, first_feature, stages_of_k;
+    uint32_t rank, first_feature;
     Turns turns;
     const RowTile* tiles;
     ExpertSum sum;
@@ -45,7 +47,7 @@ __device__ __forceinline__ void bring_weights(const DecodeDownParams& p, const J
 #pragma unroll 1
     for (uint32_t i = 0; i < job.turns.tiles; ++i) {
         const uint32_t expert = job.tiles[i].expert;
-        const Part part(p, job.stages_of_k, job.rank, expert);
+        const Part part(p, job.rank, expert);
 #pragma unroll 1
         for (uint32_t step = 0; step < part.steps; ++step) {
             stream.wait_empty();
@@ -66,7 +68,7 @@ __device__ __forceinline__ void bring_tokens(const DecodeDownParams& p, const Jo
 #pragma unroll 1
     for (uint32_t i = 0; i < job.turns.tiles; ++i) {
         const RowTile tile = job.tiles[i];
-        const Part part(p, job.stages_of_k, job.rank, tile.expert);
+        const Part part(p, job.rank, tile.expert);
         const TokenRows rows(tile.num_rows, [&](uint32_t row) { return (tile.first_row + row) * (p.intermediate_size / 8); });
 #pragma unroll 1
         for (uint32_t step = 0; step < part.steps; ++step) {
@@ -93,7 +95,7 @@ __device__ __forceinline__ void consume(const DecodeDownParams& p, const Job& jo
             continue;
         }
         const RowTile tile = job.tiles[job.turns.tile(turn)];
-        const Part part(p, job.stages_of_k, job.rank, tile.expert);
+        const Part part(p, job.rank, tile.expert);
         float bias[2] = {0.0f, 0.0f};
         if (p.bias != 0 && job.rank == 0) {
             const auto* from = reinterpret_cast<const float*>(p.bias) + static_cast<size_t>(tile.expert) * p.hidden_size;
@@ -192,7 +194,6 @@ __device__ __forceinline__ void decode_down_kernel(const DecodeDownParams& p) {
     const uint32_t rank = p.cluster > 1 ? cluster_rank() : 0, num_chunks = p.adapters != 0 ? counts.num_chunks : 0;
     const Job job{rank,
                   blockIdx.x / p.cluster * kStreamRows,
-                  (p.intermediate_size + p.stage_tiles * kTileDepth - 1) / (p.stage_tiles * kTileDepth),
                   Turns(p, counts.num_tiles, num_chunks, rank, p.intermediate_size * kTileRowBytes / p.cluster),
                   tiles,
                   ExpertSum{y, tokens, weights}};

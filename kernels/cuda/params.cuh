@@ -289,7 +289,7 @@ struct DecodeDownParams {
     uint32_t planes;       // parts of I that are shrunk apart, 1 or 2
     uint32_t tile_rows;    // most rows of a tile, 16, 32, 64 or 128
     uint32_t stages;       // of the ring
-    uint32_t stage_tiles;  // 64s of k in a stage
+    uint32_t stage_tiles;  // 64s of k in a stage, 1 or 2
     uint32_t cluster;      // blocks that share the k of 64 features
     uint32_t max_tiles;    // places for tiles in shared memory
     uint32_t out_f32;      // out is f32 and not the activation's format

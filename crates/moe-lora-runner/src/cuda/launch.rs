@@ -29,7 +29,7 @@ pub fn workspace_bytes(
     Ok(Workspace::new(shape, gpu.info().sm_count, max_tokens, max_slots, max_rank).bytes)
 }
 
-/// Gives one layer to `args.stream`: six launches, four for no slots. Nothing is allocated, nothing waits, and the stream may
+/// Gives one layer to `args.stream`: six launches, four for no slots, three for few tokens on Hopper. Nothing is allocated, nothing waits, and the stream may
 /// be in capture.
 ///
 /// # Errors
