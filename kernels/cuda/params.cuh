@@ -253,3 +253,48 @@ struct PeakParams {
     uint32_t reserved;
 };
 static_assert(sizeof(PeakParams) == 40, "PeakParams");
+
+// GateUpParams and its shrink in one launch, for few rows an expert, on Hopper. The launch before must be align, with tile_rows.
+struct DecodeGateUpParams {
+    TensorMap weights;     // gate and up: boxes of 64 numbers, 8 rows, gate and up, 4 groups of 8 rows, an expert
+    GateUpParams gate_up;  // shrunk is out too; counts->claimed[0] must be 0 and counts what was shrunk
+    uint64_t chunks;       // Segment, of at most tile_rows rows
+    uint32_t tile_rows;    // most rows of a tile, 16, 32, 64 or 128
+    uint32_t stages;       // of the ring
+    uint32_t stage_tiles;  // 64s of k in a stage
+    uint32_t reserved[3];
+};
+static_assert(sizeof(DecodeGateUpParams) == 320, "DecodeGateUpParams");
+
+// Shrink, product and weighted sum over experts in one launch, for few tokens, on Hopper: out = scaling * sum_j w_j (W_down h_j +
+// B S_j + bias). The launch before must be gate_up for the same lists, and align before that.
+struct DecodeDownParams {
+    TensorMap weights;      // down: boxes of 64 numbers, 64 rows, an expert
+    uint64_t intermediate;  // [rows, I]
+    uint64_t bias;          // f32 [E, H] or 0
+    uint64_t row_pair;      // u32 [rows]
+    uint64_t row_weight;    // f32 [rows], or 0: all 1
+    uint64_t tiles;         // RowTile
+    uint64_t chunks;        // Segment
+    uint64_t counts;        // RouteCounts; claimed[1] must be 0 and counts the blocks that have shrunk
+    uint64_t adapters;      // AdapterEntry [L, E, 3] or 0: no LoRA
+    uint64_t shrunk;        // f32 [planes, T * k, max_rank], out
+    uint64_t out;           // [T, H]
+    uint32_t num_tokens;
+    uint32_t top_k;
+    uint32_t num_experts;
+    uint32_t hidden_size;
+    uint32_t intermediate_size;
+    uint32_t max_rank;
+    uint32_t planes;       // parts of I that are shrunk apart, 1 or 2
+    uint32_t tile_rows;    // most rows of a tile, 16, 32, 64 or 128
+    uint32_t stages;       // of the ring
+    uint32_t stage_tiles;  // 64s of k in a stage, 1 or 2
+    uint32_t cluster;      // blocks that share the k of 64 features
+    uint32_t max_tiles;    // places for tiles in shared memory
+    uint32_t out_f32;      // out is f32 and not the activation's format
+    float scaling;
+    uint32_t lora_stages;  // of the ring for B and S
+    uint32_t lora_units;   // most units of such a stage, up to 15
+};
+static_assert(sizeof(DecodeDownParams) == 320, "DecodeDownParams");

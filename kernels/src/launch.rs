@@ -52,7 +52,7 @@ pub struct Launch {
 }
 
 impl Launch {
-    const fn new(grid: [u32; 3], block: u32, shared_bytes: u32) -> Self {
+    pub(crate) const fn new(grid: [u32; 3], block: u32, shared_bytes: u32) -> Self {
         Self { grid, block, shared_bytes, cluster: 1, cooperative: false }
     }
 }
@@ -282,6 +282,9 @@ mod tests {
             include_str!("../cuda/epilogue/lora.cuh"),
             include_str!("../cuda/tile/grouped.cuh"),
             include_str!("../cuda/tile/swizzle.cuh"),
+            include_str!("../cuda/tile/stream.cuh"),
+            include_str!("../cuda/epilogue/lora_stream.cuh"),
+            include_str!("../cuda/decode_route.cu"),
         ];
         for line in [
             format!("kTileRows = {TILE_ROWS};"),
@@ -308,6 +311,13 @@ mod tests {
             "kGroupedWeights = 128;".to_owned(),
             "kStagedBytes = 16384;".to_owned(),
             "kTileDepth = 64;".to_owned(),
+            "kStreamThreads = 384;".to_owned(),
+            "kStreamRows = 64;".to_owned(),
+            "kShrinkThreads = 128;".to_owned(),
+            "kShrinkPartial = 4 * kShrinkRows * kShrinkPitch;".to_owned(),
+            "kShrinkPitch = 20;".to_owned(),
+            "kMostPairs = 2048;".to_owned(),
+            "kMostTokens = 256;".to_owned(),
             "1024 + kRingBytes + kGroupedStages * (16 + 16 + 4) + 2 * kStagedBytes + kGroupedTokens * 4 + 4;"
                 .to_owned(),
         ] {

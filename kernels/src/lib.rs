@@ -19,10 +19,12 @@
 //! assert_eq!(params.launch(132).grid, [1, 1, 1]);
 //! ```
 
+mod decode;
 mod launch;
 pub mod params;
 mod records;
 
+pub use decode::{BatchSizes, DecodeAlignParams, DecodeDownParams, DecodeGateUpParams, DecodePlan, Ring};
 pub use launch::{Launch, RouteBounds};
 pub use params::{
     AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams,
@@ -60,11 +62,17 @@ pub enum Family {
     PrefillGateUp,
     /// Down likewise.
     PrefillDown,
+    /// Align for few tokens, on Hopper.
+    DecodeRoute,
+    /// Shrink, gate and up likewise.
+    DecodeGateUp,
+    /// Shrink, down and the sum over experts likewise.
+    DecodeDown,
 }
 
 impl Family {
     /// All families, in the order of use; those for Hopper alone come last.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::Route,
         Self::Shrink,
         Self::GateUp,
@@ -74,12 +82,18 @@ impl Family {
         Self::Peak,
         Self::PrefillGateUp,
         Self::PrefillDown,
+        Self::DecodeRoute,
+        Self::DecodeGateUp,
+        Self::DecodeDown,
     ];
 
     /// Whether its image is for compute capability 9.0 alone.
     #[must_use]
     pub const fn hopper(self) -> bool {
-        matches!(self, Self::PrefillGateUp | Self::PrefillDown)
+        matches!(
+            self,
+            Self::PrefillGateUp | Self::PrefillDown | Self::DecodeRoute | Self::DecodeGateUp | Self::DecodeDown
+        )
     }
 
     /// The source file's stem.
@@ -95,6 +109,9 @@ impl Family {
             Self::Peak => "peak",
             Self::PrefillGateUp => "prefill_gate_up",
             Self::PrefillDown => "prefill_down",
+            Self::DecodeRoute => "decode_route",
+            Self::DecodeGateUp => "decode_gate_up",
+            Self::DecodeDown => "decode_down",
         }
     }
 
@@ -111,6 +128,9 @@ impl Family {
             Self::Peak => include_bytes!(concat!(env!("OUT_DIR"), "/peak.fatbin")),
             Self::PrefillGateUp => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_gate_up.fatbin")),
             Self::PrefillDown => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_down.fatbin")),
+            Self::DecodeRoute => include_bytes!(concat!(env!("OUT_DIR"), "/decode_route.fatbin")),
+            Self::DecodeGateUp => include_bytes!(concat!(env!("OUT_DIR"), "/decode_gate_up.fatbin")),
+            Self::DecodeDown => include_bytes!(concat!(env!("OUT_DIR"), "/decode_down.fatbin")),
         }
     }
 }
@@ -155,11 +175,17 @@ pub enum Kernel {
     PrefillGateUp(Format),
     /// `moe_lora_prefill_down_*`.
     PrefillDown(Format),
+    /// `moe_lora_decode_align`.
+    DecodeAlign,
+    /// `moe_lora_decode_gate_up_*`.
+    DecodeGateUp(Format),
+    /// `moe_lora_decode_down_*`.
+    DecodeDown(Format),
 }
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 24] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -179,6 +205,11 @@ impl Kernel {
         Self::PrefillGateUp(Format::F16),
         Self::PrefillDown(Format::Bf16),
         Self::PrefillDown(Format::F16),
+        Self::DecodeAlign,
+        Self::DecodeGateUp(Format::Bf16),
+        Self::DecodeGateUp(Format::F16),
+        Self::DecodeDown(Format::Bf16),
+        Self::DecodeDown(Format::F16),
     ];
 
     /// Its place in [`ALL`](Self::ALL).
@@ -200,6 +231,9 @@ impl Kernel {
             Self::AlignBlock => 14,
             Self::PrefillGateUp(format) => 15 + second(format),
             Self::PrefillDown(format) => 17 + second(format),
+            Self::DecodeAlign => 19,
+            Self::DecodeGateUp(format) => 20 + second(format),
+            Self::DecodeDown(format) => 22 + second(format),
         }
     }
 
@@ -216,6 +250,9 @@ impl Kernel {
             Self::Peak => Family::Peak,
             Self::PrefillGateUp(_) => Family::PrefillGateUp,
             Self::PrefillDown(_) => Family::PrefillDown,
+            Self::DecodeAlign => Family::DecodeRoute,
+            Self::DecodeGateUp(_) => Family::DecodeGateUp,
+            Self::DecodeDown(_) => Family::DecodeDown,
         }
     }
 
@@ -242,6 +279,11 @@ impl Kernel {
             Self::PrefillGateUp(Format::F16) => "moe_lora_prefill_gate_up_f16",
             Self::PrefillDown(Format::Bf16) => "moe_lora_prefill_down_bf16",
             Self::PrefillDown(Format::F16) => "moe_lora_prefill_down_f16",
+            Self::DecodeAlign => "moe_lora_decode_align",
+            Self::DecodeGateUp(Format::Bf16) => "moe_lora_decode_gate_up_bf16",
+            Self::DecodeGateUp(Format::F16) => "moe_lora_decode_gate_up_f16",
+            Self::DecodeDown(Format::Bf16) => "moe_lora_decode_down_bf16",
+            Self::DecodeDown(Format::F16) => "moe_lora_decode_down_f16",
         }
     }
 
@@ -256,6 +298,8 @@ impl Kernel {
             Self::Combine(_) | Self::Noise(_) | Self::Read => 0,
             Self::Peak => launch::PEAK_SHARED,
             Self::PrefillGateUp(_) | Self::PrefillDown(_) => launch::GROUPED_SHARED,
+            Self::DecodeAlign => decode::align_shared(launch::MOST_EXPERTS, 32),
+            Self::DecodeGateUp(_) | Self::DecodeDown(_) => decode::MOST_SHARED,
         }
     }
 }

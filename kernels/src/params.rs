@@ -6,7 +6,7 @@
 
 use crate::{Format, Kernel};
 
-mod sealed {
+pub(crate) mod sealed {
     pub trait Sealed {}
 }
 

@@ -10,7 +10,7 @@ use moe_lora_core::Activation;
 use moe_lora_cuda::{DeviceBuffer, Gpu, GpuError, Graph, Stream, testing};
 use moe_lora_kernels::{AdapterEntry, CombineParams, Format};
 use std::collections::HashSet;
-use support::{Batch, Layer, STAGES, Sizes, Stage, upload};
+use support::{Batch, Layer, Path, STAGES, Sizes, Stage, upload};
 
 const READ_BANDWIDTH: f64 = 3.15e12;
 const PEAK: f64 = 797e12;
@@ -120,7 +120,7 @@ fn layer(gpu: &Gpu, stream: &Stream, model: &Model, slots: usize, rank: usize) -
         bias: None,
         table: upload(gpu, stream, &entries)?,
         adapters,
-        prefill: false,
+        path: Path::Portable,
     })
 }
 

@@ -3,7 +3,10 @@
 use crate::GpuError;
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::{self, CUtensorMapDataType as Type};
-use moe_lora_kernels::{DownParams, Format, GateUpParams, PrefillDownParams, PrefillGateUpParams, TensorMap};
+use moe_lora_kernels::{
+    DecodeDownParams, DecodeGateUpParams, DecodePlan, DownParams, Format, GateUpParams, PrefillDownParams,
+    PrefillGateUpParams, TensorMap,
+};
 
 /// One dimension of a tensor and of the boxes that are copied from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,16 +65,42 @@ pub fn tensor_map(format: Format, address: u64, dimensions: &[Dimension]) -> Res
 /// # Errors
 /// If the driver cannot encode it.
 pub fn prefill_gate_up(format: Format, gate_up: GateUpParams) -> Result<PrefillGateUpParams, GpuError> {
+    Ok(PrefillGateUpParams { weights: gate_up_map(format, &gate_up, 8)?, gate_up })
+}
+
+/// [`GateUpParams`] and the list of LoRA chunks with the map of gate and up, of which up must be the later one.
+///
+/// # Errors
+/// If the driver cannot encode it.
+pub fn decode_gate_up(
+    format: Format,
+    gate_up: GateUpParams,
+    chunks: u64,
+    plan: &DecodePlan,
+) -> Result<DecodeGateUpParams, GpuError> {
+    Ok(DecodeGateUpParams {
+        weights: gate_up_map(format, &gate_up, 4)?,
+        gate_up,
+        chunks,
+        tile_rows: plan.tile_rows,
+        stages: plan.gate_up.stages,
+        stage_tiles: plan.gate_up.stage_tiles,
+        reserved: [0; 3],
+    })
+}
+
+/// Boxes of 64 numbers of 8 gate rows, 8 up rows and so on, `groups` times.
+fn gate_up_map(format: Format, gate_up: &GateUpParams, groups: u32) -> Result<TensorMap, GpuError> {
     let row = u64::from(gate_up.row_stride);
     let dimension = |size: u32, stride, of_box| Dimension { size: size.into(), stride, of_box };
     let dimensions = [
         dimension(gate_up.hidden_size, 1, 64),
         dimension(8, row, 8),
         dimension(2, gate_up.up.saturating_sub(gate_up.gate) / 2, 2),
-        dimension(gate_up.intermediate_size / 8, 8 * row, 8),
+        dimension(gate_up.intermediate_size / 8, 8 * row, groups),
         dimension(gate_up.num_experts, of_experts(gate_up.num_experts, gate_up.expert_stride), 1),
     ];
-    Ok(PrefillGateUpParams { weights: tensor_map(format, gate_up.gate, &dimensions)?, gate_up })
+    tensor_map(format, gate_up.gate, &dimensions)
 }
 
 /// [`DownParams`] with the map of down.
@@ -79,13 +108,53 @@ pub fn prefill_gate_up(format: Format, gate_up: GateUpParams) -> Result<PrefillG
 /// # Errors
 /// If the driver cannot encode it.
 pub fn prefill_down(format: Format, down: DownParams) -> Result<PrefillDownParams, GpuError> {
+    Ok(PrefillDownParams { weights: down_map(format, &down, 128)?, down })
+}
+
+/// Boxes of 64 numbers of `rows` rows.
+fn down_map(format: Format, down: &DownParams, rows: u32) -> Result<TensorMap, GpuError> {
     let dimension = |size: u32, stride, of_box| Dimension { size: size.into(), stride, of_box };
     let dimensions = [
         dimension(down.intermediate_size, 1, 64),
-        dimension(down.hidden_size, u64::from(down.row_stride), 128),
+        dimension(down.hidden_size, u64::from(down.row_stride), rows),
         dimension(down.num_experts, of_experts(down.num_experts, down.expert_stride), 1),
     ];
-    Ok(PrefillDownParams { weights: tensor_map(format, down.down, &dimensions)?, down })
+    tensor_map(format, down.down, &dimensions)
+}
+
+/// [`DownParams`], without rows, as the launch that sums over experts too: `rest` has the lists of rows and chunks, the output, and
+/// the sizes of the batch.
+///
+/// # Errors
+/// If the driver cannot encode the map of down.
+pub fn decode_down(
+    format: Format,
+    down: &DownParams,
+    plan: &DecodePlan,
+    rest: DecodeDownParams,
+) -> Result<DecodeDownParams, GpuError> {
+    Ok(DecodeDownParams {
+        weights: down_map(format, down, 64)?,
+        intermediate: down.intermediate,
+        bias: down.bias,
+        tiles: down.tiles,
+        counts: down.counts,
+        adapters: down.adapters,
+        shrunk: down.shrunk,
+        num_experts: down.num_experts,
+        hidden_size: down.hidden_size,
+        intermediate_size: down.intermediate_size,
+        max_rank: down.shrunk_stride / 2,
+        planes: plan.planes,
+        tile_rows: plan.tile_rows,
+        stages: plan.down.stages,
+        stage_tiles: plan.down.stage_tiles,
+        cluster: plan.cluster,
+        max_tiles: plan.max_tiles,
+        lora_stages: plan.lora_stages,
+        lora_units: plan.lora_units,
+        ..rest
+    })
 }
 
 /// The stride of one expert alone may be anything.

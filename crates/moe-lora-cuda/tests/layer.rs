@@ -10,7 +10,16 @@ use moe_lora_cuda::{Gpu, GpuError, Stream, testing};
 use moe_lora_reference::metrics::{delta_error, delta_share, is_near_twin, relative_error, worst_row_error};
 use moe_lora_reference::random::{AdapterMix, AdapterSpec, Case, CaseSpec, RoutingMix};
 use moe_lora_reference::{GpuRounding, forward_rounded};
-use support::{Batch, Layer};
+use support::{Batch, Layer, Path};
+
+/// All kernels, with expert outputs in f32 and in 16 bits where there are any.
+const PATHS: [(Path, bool); 5] = [
+    (Path::Portable, true),
+    (Path::Portable, false),
+    (Path::Prefill, true),
+    (Path::Prefill, false),
+    (Path::Decode, true),
+];
 
 fn batch_of<T: Element>(gpu: &Gpu, stream: &Stream, layer: &Layer, case: &Case) -> Result<Batch, GpuError> {
     let batch = Batch::new(gpu, stream, &layer.sizes, case.token_slots.len())?;
@@ -97,9 +106,8 @@ fn check_random<T: Element>(gpu: &Gpu, stream: &Stream, seeds: std::ops::Range<u
         let mut layer = Layer::from_case::<T>(gpu, stream, &case)?;
         let batch = batch_of::<T>(gpu, stream, &layer, &case)?;
         let (truth, truth_base) = (case.truth().unwrap(), case.base_truth().unwrap());
-        for (prefill, rows_f32) in [(false, true), (false, false), (true, true), (true, false)] {
-            layer.prefill = prefill;
-            if prefill && !layer.suits_prefill(gpu) {
+        for (path, rows_f32) in PATHS {
+            if !layer.take(gpu, batch.tokens, path) {
                 continue;
             }
             let found = forward::<T>(gpu, stream, &layer, &batch, rows_f32, true)?;
@@ -118,7 +126,7 @@ fn check_random<T: Element>(gpu: &Gpu, stream: &Stream, seeds: std::ops::Range<u
             let (error, base_error) = (relative_error(&found, &truth), relative_error(&base, &truth_base));
             let share = delta_share(&truth, &truth_base);
             let what = format!(
-                "seed {seed}, prefill {prefill}, rows_f32 {rows_f32}: {error:.2e}, base {base_error:.2e}, share {share:.2}, {} values",
+                "seed {seed}, {path:?}, rows_f32 {rows_f32}: {error:.2e}, base {base_error:.2e}, share {share:.2}, {} values",
                 found.len()
             );
             if !near {
@@ -192,17 +200,17 @@ fn a_token_does_not_see_its_neighbours() -> Result<(), GpuError> {
 
 fn check_large<T: Element>(gpu: &Gpu, stream: &Stream) -> Result<(), GpuError> {
     let shape = LayerShape::new(8, 2, 512, 384).unwrap();
-    let adapters = [16, 8, 64, 5, 512].map(AdapterSpec::rank).to_vec();
-    for (tokens, bias) in [(4, false), (48, true), (300, false)] {
-        let spec = CaseSpec { adapters: adapters.clone(), bias, ..CaseSpec::new(shape, tokens).dtype(T::DTYPE) };
+    for (largest, tokens, bias) in [(512, 4, false), (512, 48, true), (512, 300, false), (40, 4, true), (40, 48, false)]
+    {
+        let adapters = [16, 8, 64, 5, largest].map(AdapterSpec::rank).to_vec();
+        let spec = CaseSpec { adapters, bias, ..CaseSpec::new(shape, tokens).dtype(T::DTYPE) };
         let case = spec.build(77);
         let mut layer = Layer::from_case::<T>(gpu, stream, &case)?;
         let batch = batch_of::<T>(gpu, stream, &layer, &case)?;
         let (truth, truth_base) = (case.truth().unwrap(), case.base_truth().unwrap());
         assert!(delta_share(&truth, &truth_base) > 0.25);
-        for (prefill, rows_f32) in [(false, true), (false, false), (true, true), (true, false)] {
-            layer.prefill = prefill;
-            if prefill && !layer.suits_prefill(gpu) {
+        for (path, rows_f32) in PATHS {
+            if !layer.take(gpu, batch.tokens, path) {
                 continue;
             }
             let found = wide(&forward::<T>(gpu, stream, &layer, &batch, rows_f32, true)?);
@@ -210,7 +218,7 @@ fn check_large<T: Element>(gpu: &Gpu, stream: &Stream) -> Result<(), GpuError> {
             let error = relative_error(&found, &truth);
             let worst = worst_row_error(&found, &truth, shape.hidden_size);
             let delta = delta_error(&found, &base, &truth, &truth_base);
-            let kind = format!("{} T {tokens} prefill {prefill} rows_f32 {rows_f32}", T::DTYPE);
+            let kind = format!("{} T {tokens} {path:?} rows_f32 {rows_f32}", T::DTYPE);
             eprintln!("{kind}: {error:.2e} worst {worst:.2e} delta {delta:.2e}");
             assert!(error <= bound(T::DTYPE, rows_f32) && worst <= 1e-2 && delta <= 2e-2);
         }
@@ -233,14 +241,18 @@ fn a_graph_serves_any_batch() -> Result<(), GpuError> {
     let shape = LayerShape::new(16, 4, 256, 192).unwrap();
     let mixes = [AdapterMix::Mixed, AdapterMix::AllBase, AdapterMix::RoundRobin, AdapterMix::Mixed];
     let routings = [RoutingMix::Uniform, RoutingMix::AllOnOne, RoutingMix::ForeignExperts, RoutingMix::Skewed];
-    for (tokens, prefill) in [(5, false), (700, false), (700, true)] {
+    let paths =
+        [(5, Path::Portable), (5, Path::Decode), (200, Path::Decode), (700, Path::Portable), (700, Path::Prefill)];
+    for (tokens, path) in paths {
         let spec = CaseSpec {
             adapters: [16, 8, 64].map(AdapterSpec::rank).to_vec(),
             ..CaseSpec::new(shape, tokens).dtype(DType::Bf16)
         };
         let case = spec.clone().build(3);
         let mut layer = Layer::from_case::<bf16>(&gpu, &stream, &case)?;
-        layer.prefill = prefill && layer.suits_prefill(&gpu);
+        if !layer.take(&gpu, tokens, path) {
+            continue;
+        }
         let batch = batch_of::<bf16>(&gpu, &stream, &layer, &case)?;
         let graph = stream.capture(|| layer.launch(&gpu, &stream, &batch, false, true))?;
         for (i, (mix, routing)) in mixes.into_iter().zip(routings).enumerate() {

@@ -5,7 +5,7 @@ mod support;
 
 use fastrand::Rng;
 use moe_lora_cuda::{GpuError, testing};
-use moe_lora_kernels::{DeviceSegment, Format, PrefillGateUpParams, RowTile, TopkParams};
+use moe_lora_kernels::{DeviceSegment, Format, Kernel, PrefillGateUpParams, RowTile, TopkParams};
 use support::{Batch, Sizes, upload};
 
 struct Draw {
@@ -61,10 +61,16 @@ fn align_is_a_stable_sort_and_its_lists_cover_every_row() -> Result<(), GpuError
         let name = format!("T {tokens} k {top_k} E {experts} L {slots}");
         let batch = Batch::new(&gpu, &stream, &draw.sizes, tokens)?;
         batch.set(&stream, &vec![0; tokens * 8], &draw.ids, &draw.weights, &draw.slots, &draw.active)?;
-        for tile_rows in [0, 0, PrefillGateUpParams::TILE_ROWS] {
+        let few = gpu.kernels().function(Kernel::DecodeAlign).is_some() && tokens <= 256 && tokens * top_k <= 2048;
+        for (tile_rows, decode) in
+            [(0, false), (0, false), (PrefillGateUpParams::TILE_ROWS, false), (16, true), (64, true)]
+        {
+            if decode && !few {
+                continue;
+            }
             batch.poison(&stream)?;
-            batch.align(&gpu, &stream, &draw.sizes, true, tile_rows)?;
-            check(&draw, &batch, &stream, tile_rows as usize, &name)?;
+            batch.align(&gpu, &stream, &draw.sizes, true, tile_rows, decode)?;
+            check(&draw, &batch, &stream, tile_rows as usize, decode, &name)?;
         }
     }
     Ok(())
@@ -75,6 +81,7 @@ fn check(
     batch: &Batch,
     stream: &moe_lora_cuda::Stream,
     tile_rows: usize,
+    decode: bool,
     name: &str,
 ) -> Result<(), GpuError> {
     let experts = 0..draw.sizes.experts as i32;
@@ -118,7 +125,7 @@ fn check(
         if ((row - expert_first) as usize).is_multiple_of(heights[expert as usize]) {
             tiles.push(RowTile { expert, first_row: row, num_rows: 0, first_segment: segments.len() as u32 - 1 });
         }
-        if slot >= 0 && (opens || (row - expert_first) % 64 == 0) {
+        if slot >= 0 && (opens || (row - expert_first) % if decode { 64.min(tile_rows as u32) } else { 64 } == 0) {
             chunks.push(DeviceSegment { expert, slot, first_row: row, end_row: row });
         }
         segments.last_mut().unwrap().end_row = row + 1;
@@ -127,9 +134,15 @@ fn check(
             chunks.last_mut().unwrap().end_row = row + 1;
         }
     }
-    tiles.sort_by_key(|tile| std::cmp::Reverse(heights[tile.expert as usize]));
+    // The highest first, but in the order of the experts where sums follow it.
+    tiles.sort_by_key(|tile| std::cmp::Reverse(if decode { 0 } else { heights[tile.expert as usize] }));
+    let few = if decode { draw.ids.len() as u64 / 16 } else { 0 };
     assert!(segments.len() as u64 <= batch.bounds.segments, "{name}");
-    assert!(tiles.len() as u64 <= batch.bounds.tiles && chunks.len() as u64 <= batch.bounds.chunks, "{name}");
+    assert!(
+        tiles.len() as u64 <= batch.bounds.tiles + if decode { draw.ids.len() as u64 / 16 } else { 0 }
+            && chunks.len() as u64 <= batch.bounds.chunks + few,
+        "{name}"
+    );
     assert_eq!(counts.num_segments as usize, segments.len(), "{name}: segments");
     assert_eq!(counts.num_tiles as usize, tiles.len(), "{name}: tiles");
     assert_eq!(counts.num_chunks as usize, chunks.len(), "{name}: chunks");

@@ -73,3 +73,18 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t shared) {
                  : "memory");
     return r;
 }
+
+__device__ __forceinline__ void store_shared16(uint32_t shared, uint4 value) {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_shared4(uint32_t shared) {
+    uint32_t r;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(shared) : "memory");
+    return r;
+}
+
+__device__ __forceinline__ void store_shared4(uint32_t shared, uint32_t value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
+}

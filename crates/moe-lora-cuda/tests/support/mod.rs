@@ -3,10 +3,13 @@
 
 use bytemuck::{Pod, bytes_of, cast_slice};
 use moe_lora_core::{Activation, DType, Element, Projection, RouterWeightPlacement};
-use moe_lora_cuda::{DeviceBuffer, Gpu, GpuError, Layout, Stream, prefill_down, prefill_gate_up};
+use moe_lora_cuda::{
+    DeviceBuffer, Gpu, GpuError, Layout, Stream, decode_down, decode_gate_up, prefill_down, prefill_gate_up,
+};
 use moe_lora_kernels::{
-    AdapterEntry, AlignParams, CombineParams, DeviceSegment, DownParams, Format, GateUpParams, Kernel,
-    PrefillGateUpParams, RouteBounds, RouteCounts, RowTile, ShrinkParams,
+    AdapterEntry, AlignParams, BatchSizes, CombineParams, DecodeAlignParams, DecodeDownParams, DecodePlan,
+    DeviceSegment, DownParams, Format, GateUpParams, Kernel, PrefillGateUpParams, RouteBounds, RouteCounts, RowTile,
+    ShrinkParams,
 };
 use moe_lora_reference::random::Case;
 
@@ -34,8 +37,8 @@ pub struct Layer {
     pub bias: Option<[DeviceBuffer; 3]>,
     pub adapters: DeviceBuffer,
     pub table: DeviceBuffer,
-    /// Hopper's products for experts with many rows, not the portable ones.
-    pub prefill: bool,
+    /// The kernels of the next launches.
+    pub path: Path,
 }
 
 /// A batch in device memory, with everything that the kernels write.
@@ -93,8 +96,8 @@ impl Batch {
             row_weight: layout.add::<f32>(pairs),
             pair_row: layout.add::<i32>(pairs),
             segments: layout.add::<DeviceSegment>(bounds.segments as usize),
-            tiles: layout.add::<RowTile>(bounds.tiles as usize),
-            chunks: layout.add::<DeviceSegment>(bounds.chunks as usize),
+            tiles: layout.add::<RowTile>(bounds.tiles as usize + pairs.min(2048) / 16),
+            chunks: layout.add::<DeviceSegment>(bounds.chunks as usize + pairs.min(2048) / 16),
             counts: layout.add::<RouteCounts>(1),
             order: layout.add::<u32>(2 * tokens),
             table: layout.add::<u8>(table),
@@ -143,7 +146,15 @@ impl Batch {
         self.memory.address() + offset as u64
     }
 
-    pub fn align(&self, gpu: &Gpu, stream: &Stream, sizes: &Sizes, lora: bool, tile_rows: u32) -> Result<(), GpuError> {
+    pub fn align(
+        &self,
+        gpu: &Gpu,
+        stream: &Stream,
+        sizes: &Sizes,
+        lora: bool,
+        tile_rows: u32,
+        decode: bool,
+    ) -> Result<(), GpuError> {
         let params = AlignParams {
             topk_ids: self.address(self.at.ids),
             topk_weights: self.address(self.at.weights),
@@ -166,10 +177,26 @@ impl Batch {
             tile_rows,
             reserved: 0,
         };
+        if decode {
+            let params = DecodeAlignParams(params);
+            // SAFETY: see below.
+            return unsafe { gpu.kernels().launch(stream, Format::Bf16, &params, params.launch()) };
+        }
         let launch = params.launch(gpu.info().sm_count);
         // SAFETY: every address is a part of `memory`, laid out for these sizes.
         unsafe { gpu.kernels().launch(stream, Format::Bf16, &params, launch) }
     }
+}
+
+/// The kernels that a layer runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// Those of every GPU.
+    Portable,
+    /// Hopper's products for experts with many rows.
+    Prefill,
+    /// Hopper's launches for few tokens.
+    Decode,
 }
 
 /// One step of [`Layer::launch`].
@@ -237,14 +264,35 @@ impl Layer {
             bias,
             adapters,
             table,
-            prefill: false,
+            path: Path::Portable,
         })
     }
 
-    /// Whether the GPU and the layer are made for Hopper's products.
-    pub fn suits_prefill(&self, gpu: &Gpu) -> bool {
+    /// Takes a path, if the GPU, the layer and the batch are made for it.
+    pub fn take(&mut self, gpu: &Gpu, tokens: usize, path: Path) -> bool {
+        let loaded = |kernel| gpu.kernels().function(kernel).is_some();
         let known = matches!(self.activation, Activation::Silu | Activation::ClampedSwiglu { .. });
-        known && gpu.kernels().function(Kernel::PrefillGateUp(self.format)).is_some()
+        self.path = path;
+        match path {
+            Path::Portable => true,
+            Path::Prefill => known && loaded(Kernel::PrefillGateUp(self.format)),
+            Path::Decode => loaded(Kernel::DecodeAlign) && self.plan(gpu, tokens, true).is_some(),
+        }
+    }
+
+    /// The plan of a batch of few tokens.
+    fn plan(&self, gpu: &Gpu, tokens: usize, lora: bool) -> Option<DecodePlan> {
+        let s = &self.sizes;
+        let sizes = BatchSizes {
+            num_tokens: tokens as u32,
+            top_k: s.top_k as u32,
+            num_experts: s.experts as u32,
+            hidden_size: s.hidden as u32,
+            intermediate_size: s.intermediate as u32,
+            num_slots: if lora { s.slots as u32 } else { 0 },
+            max_rank: s.max_rank as u32,
+        };
+        DecodePlan::new(&sizes, gpu.info().sm_count)
     }
 
     /// Gives one stage to the stream.
@@ -260,6 +308,7 @@ impl Layer {
         let s = &self.sizes;
         let (sm_count, kernels, at) = (gpu.info().sm_count, gpu.kernels(), &batch.at);
         let lora = lora && s.max_rank > 0;
+        let plan = if self.path == Path::Decode { self.plan(gpu, batch.tokens, lora) } else { None };
         let adapters = if lora { self.table.address() } else { 0 };
         let [gate_bias, up_bias, down_bias] =
             self.bias.as_ref().map_or([0; 3], |b| [b[0].address(), b[1].address(), b[2].address()]);
@@ -274,7 +323,7 @@ impl Layer {
             num_experts: s.experts as u32,
             max_rank: s.max_rank as u32,
             shrunk_stride: 2 * s.max_rank as u32,
-            octets: u32::from(self.prefill),
+            octets: u32::from(self.path == Path::Prefill),
             ..Default::default()
         };
         let (activation, alpha, limit) = match self.activation {
@@ -287,10 +336,15 @@ impl Layer {
         // them until the stream is done.
         match stage {
             Stage::Align => {
-                let tile_rows = if self.prefill { PrefillGateUpParams::TILE_ROWS } else { 0 };
-                batch.align(gpu, stream, s, lora, tile_rows)
+                let tile_rows = match (self.path, plan) {
+                    (Path::Portable, _) => 0,
+                    (Path::Prefill, _) => PrefillGateUpParams::TILE_ROWS,
+                    (Path::Decode, plan) => plan.map_or(0, |plan| plan.tile_rows),
+                };
+                batch.align(gpu, stream, s, lora, tile_rows, self.path == Path::Decode)
             }
-            Stage::ShrinkGateUp | Stage::ShrinkDown if !lora => Ok(()),
+            Stage::ShrinkGateUp | Stage::ShrinkDown if !lora || plan.is_some() => Ok(()),
+            Stage::Combine if plan.is_some() => Ok(()),
             Stage::ShrinkGateUp => {
                 let params = ShrinkParams {
                     input: batch.address(at.hidden),
@@ -333,7 +387,12 @@ impl Layer {
                     limit,
                     reserved: 0,
                 };
-                if self.prefill {
+                if let Some(plan) = plan {
+                    let params = decode_gate_up(self.format, params, batch.address(at.chunks), &plan)?;
+                    // SAFETY: see above.
+                    return unsafe { kernels.launch(stream, self.format, &params, params.launch(&plan, sm_count)) };
+                }
+                if self.path == Path::Prefill {
                     let params = prefill_gate_up(self.format, params)?;
                     // SAFETY: see above.
                     return unsafe { kernels.launch(stream, self.format, &params, params.launch(sm_count)) };
@@ -373,7 +432,22 @@ impl Layer {
                     shrunk_stride: 2 * s.max_rank as u32,
                     rows_f32: u32::from(rows_f32),
                 };
-                if self.prefill {
+                if let Some(plan) = plan {
+                    let rest = DecodeDownParams {
+                        row_pair: batch.address(at.row_pair),
+                        row_weight: if self.weigh_input { 0 } else { batch.address(at.row_weight) },
+                        chunks: batch.address(at.chunks),
+                        out: batch.address(at.out),
+                        num_tokens: batch.tokens as u32,
+                        top_k: s.top_k as u32,
+                        scaling: self.scaling,
+                        ..Default::default()
+                    };
+                    let params = decode_down(self.format, &params, &plan, rest)?;
+                    // SAFETY: see above.
+                    return unsafe { kernels.launch(stream, self.format, &params, params.launch(&plan)) };
+                }
+                if self.path == Path::Prefill {
                     let params = prefill_down(self.format, params)?;
                     // SAFETY: see above.
                     return unsafe { kernels.launch(stream, self.format, &params, params.launch(sm_count)) };

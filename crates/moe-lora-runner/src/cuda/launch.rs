@@ -1,15 +1,15 @@
 //! The launches of one layer, from the raw door's struct.
 #![allow(unsafe_code, reason = "kernels check nothing; why each launch is sound is said where it is")]
 
-use super::prefill;
 use super::raw::{DTYPE_F16, DTYPE_F32, ForwardArgs, check_sizes};
 use super::workspace::Workspace;
+use super::{decode, prefill};
 use crate::RunnerError;
 use moe_lora_core::{InputError, LayerShape};
 use moe_lora_cuda::{Gpu, GpuError, Stream, prefill_down, prefill_gate_up};
 use moe_lora_kernels::{
-    AlignParams, CombineParams, DownParams, Format, GateUpParams, KernelParams, Launch, PrefillGateUpParams,
-    RouteCounts, ShrinkParams,
+    AlignParams, CombineParams, DecodePlan, DownParams, Format, GateUpParams, KernelParams, Launch,
+    PrefillGateUpParams, RouteCounts, ShrinkParams,
 };
 
 /// Bytes of workspace that suffice for every [`forward`] on `gpu` of a layer of these sizes with up to `max_tokens` tokens
@@ -29,7 +29,7 @@ pub fn workspace_bytes(
     Ok(Workspace::new(shape, gpu.info().sm_count, max_tokens, max_slots, max_rank).bytes)
 }
 
-/// Gives one layer to `args.stream`: six launches, four for no slots. Nothing is allocated, nothing waits, and the stream may
+/// Gives one layer to `args.stream`: six launches, four for no slots, three for few tokens on Hopper. Nothing is allocated, nothing waits, and the stream may
 /// be in capture.
 ///
 /// # Errors
@@ -54,19 +54,22 @@ pub unsafe fn forward(gpu: &Gpu, args: &ForwardArgs) -> Result<(), RunnerError> 
     let stream = unsafe { gpu.borrow_stream(args.stream as usize as _) };
     let format = if args.dtype == DTYPE_F16 { Format::F16 } else { Format::Bf16 };
     let prefill = prefill::suits(gpu, format, args);
-    let call = Call { gpu, stream, args, workspace, max_rank: max_rank as u32, format, prefill };
+    let decode = decode::plan(gpu, format, args);
+    let call = Call { gpu, stream, args, workspace, max_rank: max_rank as u32, format, decode, prefill };
     Ok(call.launch()?)
 }
 
 /// A forward that was checked.
-struct Call<'a> {
-    gpu: &'a Gpu,
+pub(super) struct Call<'a> {
+    pub(super) gpu: &'a Gpu,
     stream: Stream,
-    args: &'a ForwardArgs,
-    workspace: Workspace,
+    pub(super) args: &'a ForwardArgs,
+    pub(super) workspace: Workspace,
     /// A multiple of 8.
     max_rank: u32,
-    format: Format,
+    pub(super) format: Format,
+    /// The launches for few tokens, not those of every GPU.
+    decode: Option<DecodePlan>,
     /// Hopper's products for many rows, not the portable ones.
     prefill: bool,
 }
@@ -79,6 +82,9 @@ impl Call<'_> {
                 0 => Ok(()),
                 counts => self.zero(counts, size_of::<RouteCounts>()),
             };
+        }
+        if let Some(plan) = &self.decode {
+            return self.launch_decode(plan);
         }
         let (sm_count, bounds) = (self.gpu.info().sm_count, &self.workspace.bounds);
         let lora = self.args.num_slots > 0;
@@ -114,7 +120,7 @@ impl Call<'_> {
         self.give(&combine, combine.launch())
     }
 
-    fn give<P: KernelParams>(&self, params: &P, launch: Launch) -> Result<(), GpuError> {
+    pub(super) fn give<P: KernelParams>(&self, params: &P, launch: Launch) -> Result<(), GpuError> {
         // SAFETY: the functions below set every address to one of the caller's, or to a part of the workspace that was laid
         // out for these sizes; `launch` is `params`' own.
         unsafe { self.gpu.kernels().launch(&self.stream, self.format, params, launch) }
@@ -125,7 +131,7 @@ impl Call<'_> {
         unsafe { self.stream.fill_address(address, bytes, 0) }
     }
 
-    const fn at(&self, offset: usize) -> u64 {
+    pub(super) const fn at(&self, offset: usize) -> u64 {
         self.args.workspace + offset as u64
     }
 
@@ -137,7 +143,7 @@ impl Call<'_> {
         if self.args.counts > 0 { self.args.counts } else { self.at(self.workspace.counts) }
     }
 
-    const fn align(&self) -> AlignParams {
+    pub(super) const fn align(&self) -> AlignParams {
         let (args, places) = (self.args, &self.workspace);
         AlignParams {
             topk_ids: args.topk_ids,
@@ -199,7 +205,7 @@ impl Call<'_> {
         }
     }
 
-    const fn gate_up(&self) -> GateUpParams {
+    pub(super) const fn gate_up(&self) -> GateUpParams {
         let (args, places) = (self.args, &self.workspace);
         GateUpParams {
             hidden: args.hidden,
@@ -231,7 +237,7 @@ impl Call<'_> {
         }
     }
 
-    fn down(&self) -> DownParams {
+    pub(super) fn down(&self) -> DownParams {
         let (args, places) = (self.args, &self.workspace);
         DownParams {
             intermediate: self.at(places.intermediate),

@@ -1,5 +1,6 @@
 //! The same layer on an NVIDIA GPU: one pipeline behind a raw door, and a safe door that uses it.
 
+mod decode;
 mod graph;
 mod launch;
 mod prefill;

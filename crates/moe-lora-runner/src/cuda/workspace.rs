@@ -37,6 +37,8 @@ impl Workspace {
         let bounds = RouteBounds::new(tokens as u64, top_k as u64, num_experts as u64, slots as u64);
         let pairs = tokens * top_k;
         let wide = pairs * hidden_size * size_of::<f32>();
+        // Few tokens are dealt to smaller tiles and chunks, of 16 rows or more.
+        let few = pairs.min(2048) / 16;
         let mut layout = Layout::default();
         Self {
             bounds,
@@ -45,8 +47,8 @@ impl Workspace {
             row_weight: layout.add::<f32>(pairs),
             pair_row: layout.add::<i32>(pairs),
             segments: layout.add::<DeviceSegment>(bounds.segments as usize),
-            tiles: layout.add::<RowTile>(bounds.tiles as usize),
-            chunks: layout.add::<DeviceSegment>(bounds.chunks as usize),
+            tiles: layout.add::<RowTile>(bounds.tiles as usize + few),
+            chunks: layout.add::<DeviceSegment>(bounds.chunks as usize + few),
             counts: layout.add::<RouteCounts>(1),
             barrier: layout.add::<u32>(1),
             order: layout.add::<u32>(2 * tokens),
