@@ -166,8 +166,10 @@ fn check_neighbours<T: Element>(gpu: &Gpu, stream: &Stream) -> Result<(), GpuErr
         let spec = CaseSpec { adapters, mix: AdapterMix::Runs, ..CaseSpec::new(shape, tokens).dtype(T::DTYPE) };
         let case = spec.build(21);
         let mut layer = Layer::from_case::<T>(gpu, stream, &case)?;
-        for prefill in [false, true] {
-            layer.prefill = prefill && layer.suits_prefill(gpu);
+        for path in [Path::Portable, Path::Prefill, Path::Decode] {
+            if !layer.take(gpu, tokens, path) {
+                continue;
+            }
             let all = forward::<T>(gpu, stream, &layer, &batch_of::<T>(gpu, stream, &layer, &case)?, true, true)?;
             for piece in [1, 7, 33, 150] {
                 for first in [0, (tokens - piece) / 2, tokens - piece] {
