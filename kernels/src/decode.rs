@@ -171,7 +171,7 @@ pub struct DecodeGateUpParams {
     pub gate_up: GateUpParams,
     /// Segment, of at most `tile_rows` rows.
     pub chunks: u64,
-    /// [`DecodePlan::tile_rows`].
+    /// `DecodePlan::tile_rows`.
     pub tile_rows: u32,
     /// Of the ring.
     pub stages: u32,
@@ -219,17 +219,17 @@ pub struct DecodeDownParams {
     pub intermediate_size: u32,
     /// Numbers from row to row of `shrunk`.
     pub max_rank: u32,
-    /// [`DecodePlan::planes`].
+    /// `DecodePlan::planes`.
     pub planes: u32,
-    /// [`DecodePlan::tile_rows`].
+    /// `DecodePlan::tile_rows`.
     pub tile_rows: u32,
     /// Of the ring.
     pub stages: u32,
     /// Of the ring.
     pub stage_tiles: u32,
-    /// [`DecodePlan::cluster`].
+    /// `DecodePlan::cluster`.
     pub cluster: u32,
-    /// [`DecodePlan::max_tiles`].
+    /// `DecodePlan::max_tiles`.
     pub max_tiles: u32,
     /// `out` is f32 and not the activation's format.
     pub out_f32: u32,

@@ -46,7 +46,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
     executable(&folder.join("run.sh"))?;
     let tests = gpu_tests()?;
     for (target, program) in build_tests(&tests)? {
-        install(&program, &folder.join("tests").join(format!("{}-{}", target.package, target.name)))?;
+        install_test(&program, &folder.join("tests").join(format!("{}-{}", target.package, target.name)))?;
     }
     let mut programs = cargo(&["build", "--release", "--message-format", "json-render-diagnostics"]);
     programs.args(["-p", "moe-lora-cli", "-p", "moe-lora-bench", "-p", "moe-lora-c"]);
@@ -147,16 +147,31 @@ fn executables(command: &mut Command) -> Result<BTreeMap<Target, PathBuf>> {
     Ok(programs)
 }
 
-/// Copies a program without its symbols, and makes sure that it brings its kernels: all do but tests that open no GPU
-/// themselves and only start the command.
+/// Copies a program without its symbols, and makes sure that it brings its kernels.
 fn install(program: &Path, to: &Path) -> Result<()> {
+    let kernels = strip(program, to)?;
+    ensure!(kernels, "{}: no kernel image; was nvcc there when it was built?", to.display());
+    Ok(())
+}
+
+/// [`install`] for a test. One without kernels opens no GPU: it is left out, unless it starts the command, which does.
+fn install_test(program: &Path, to: &Path) -> Result<()> {
+    if !strip(program, to)? && !holds(&fs::read(to)?, b"MOE_LORA_BIN") {
+        println!("bundle: {} opens no GPU", to.display());
+        fs::remove_file(to)?;
+    }
+    Ok(())
+}
+
+/// Copies a program without its symbols; whether it brings kernels.
+fn strip(program: &Path, to: &Path) -> Result<bool> {
     fs::create_dir_all(to.parent().context("a folder")?)?;
     shell::run(Command::new("strip").arg("-o").arg(to).arg(program))?;
-    let bytes = fs::read(to)?;
-    let holds = |what: &[u8]| bytes.windows(what.len()).any(|w| w == what);
-    let starts_others = holds(b"MOE_LORA_BIN") && !holds(b"MOE_LORA_REQUIRE_GPU");
-    ensure!(starts_others || holds(&FATBIN), "{}: no kernel image; was nvcc there when it was built?", to.display());
-    Ok(())
+    Ok(holds(&fs::read(to)?, &FATBIN))
+}
+
+fn holds(bytes: &[u8], what: &[u8]) -> bool {
+    bytes.windows(what.len()).any(|window| window == what)
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {
