@@ -232,6 +232,7 @@ __device__ __forceinline__ void shrink_kernel(const ShrinkParams& p) {
         const uint32_t first_row = chunk.first_row + item / deal.splits % pieces * deal.rows;
         if (first_row >= chunk.end_row) continue;
         const uint32_t end_row = min(chunk.end_row, first_row + deal.rows);
+        __syncthreads();  // nobody reads the ranks of the last item any more, also where it had none for this block
         if (threadIdx.x == 0) ranks.read(p, chunk);
         __syncthreads();
         for (uint32_t first = item % deal.splits * deal.groups; first < ranks.count();

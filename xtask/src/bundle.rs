@@ -59,6 +59,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
     copy(&root().join("crates/moe-lora-bench/peers"), &folder.join("peers"))?;
     copy(&root().join("docs/benchmarks/peers"), &folder.join("peers/rows"))?;
     copy(&root().join("crates/moe-lora/tests/golden"), &folder.join("golden"))?;
+    copy(&root().join("crates/moe-lora-generate/tests/golden"), &folder.join("golden-generate"))?;
     let bytes = size(&folder)?;
     ensure!(bytes < MOST_BYTES, "{} takes {bytes} bytes, at most {MOST_BYTES}", folder.display());
     println!("bundle: {} GPU test programs, {:.1} MB in {}", tests.len(), bytes as f64 / 1e6, folder.display());

@@ -14,6 +14,7 @@
 set -uo pipefail
 cd "$(dirname "$0")"
 export MOE_LORA_REQUIRE_GPU=1 MOE_LORA_FIXTURES="$PWD/golden" MOE_LORA_BIN="$PWD/bin/moe-lora"
+export MOE_LORA_GENERATE_FIXTURES="$PWD/golden-generate"
 limit=${LIMIT:-300}
 
 # The chosen programs; none is a failure.

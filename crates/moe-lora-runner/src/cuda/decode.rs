@@ -5,10 +5,17 @@ use super::raw::{DTYPE_F32, ForwardArgs};
 use moe_lora_cuda::{Gpu, GpuError, decode_down, decode_gate_up};
 use moe_lora_kernels::{BatchSizes, DecodeAlignParams, DecodeDownParams, DecodePlan, Format, Kernel};
 
-/// Rows of an expert, on average, up to which these launches are faster than products of larger tiles, and (token, expert) pairs up
-/// to which that is so with adapters too: see docs/kernels.md.
+/// Rows of an expert, on average, up to which these launches are faster than products of larger tiles.
 const MOST_ROWS: u64 = 16;
-const MOST_PAIRS: u64 = 512;
+
+/// (Token, expert) pairs up to which they are faster, by the largest rank that is configured: see docs/kernels.md.
+const fn most_pairs(max_rank: u32) -> u64 {
+    match max_rank {
+        0 => 512,
+        1..=32 => 128,
+        _ => 32,
+    }
+}
 
 /// The plan of a batch that takes this path: a function of sizes, layout and GPU, never of routing or adapters.
 pub(super) fn plan(gpu: &Gpu, format: Format, args: &ForwardArgs) -> Option<DecodePlan> {
@@ -18,7 +25,7 @@ pub(super) fn plan(gpu: &Gpu, format: Format, args: &ForwardArgs) -> Option<Deco
 
 fn few_rows(args: &ForwardArgs) -> bool {
     let pairs = u64::from(args.num_tokens) * u64::from(args.top_k);
-    pairs <= MOST_PAIRS.min(MOST_ROWS * u64::from(args.num_experts))
+    pairs <= most_pairs(args.max_rank).min(MOST_ROWS * u64::from(args.num_experts))
 }
 
 const fn sizes(args: &ForwardArgs) -> BatchSizes {
@@ -69,6 +76,11 @@ mod tests {
         for (top_k, num_experts, most) in [(8, 128, 64), (8, 256, 64), (2, 8, 64), (4, 32, 128), (1, 8, 128)] {
             let args = |num_tokens| ForwardArgs { num_tokens, top_k, num_experts, ..Default::default() };
             assert!(few_rows(&args(most)) && !few_rows(&args(most + 1)));
+        }
+        for (max_rank, most) in [(8, 16), (32, 16), (40, 4), (512, 4)] {
+            let args =
+                |num_tokens| ForwardArgs { num_tokens, top_k: 8, num_experts: 128, max_rank, ..Default::default() };
+            assert!(few_rows(&args(most)) && !few_rows(&args(most + 1)), "{max_rank}");
         }
     }
 }
