@@ -29,6 +29,11 @@ pub(crate) enum Command {
         /// Where the SVG files go.
         folder: PathBuf,
     },
+    /// Finds where time falls or jumps from one batch size of a run to the next.
+    Steps {
+        /// What `gpu --json` wrote.
+        run: PathBuf,
+    },
     /// Puts a run beside rows of other systems.
     Compare {
         /// What `gpu --json` wrote.

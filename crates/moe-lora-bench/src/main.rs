@@ -7,7 +7,7 @@ mod gpu;
 use anyhow::{Context, Result};
 use arguments::{Arguments, Command};
 use clap::Parser;
-use moe_lora_bench::{compare, plots};
+use moe_lora_bench::{compare, plots, steps};
 use serde::de::DeserializeOwned;
 use std::fs;
 use std::path::Path;
@@ -21,6 +21,10 @@ fn main() -> Result<()> {
             for (name, svg) in plots(&read(&run)?) {
                 fs::write(folder.join(name), svg)?;
             }
+            Ok(())
+        }
+        Command::Steps { run } => {
+            print!("{}", steps(&read(&run)?));
             Ok(())
         }
         Command::Compare { run, peers } => {

@@ -8,8 +8,8 @@ use crate::RunnerError;
 use moe_lora_core::{InputError, LayerShape};
 use moe_lora_cuda::{Gpu, GpuError, Stream, prefill_down, prefill_gate_up};
 use moe_lora_kernels::{
-    AlignParams, CombineParams, DownParams, Format, GateUpParams, KernelParams, Launch, PrefillGateUpParams,
-    RouteCounts, ShrinkParams,
+    AlignParams, ClusterAlignParams, CombineParams, DownParams, Format, GateUpParams, KernelParams, Launch,
+    PrefillGateUpParams, RouteCounts, ShrinkParams,
 };
 
 /// Bytes of workspace that suffice for every [`forward`] on `gpu` of a layer of these sizes with up to `max_tokens` tokens
@@ -110,12 +110,7 @@ impl Call<'_> {
         let prefill = self.prefill();
         let (sm_count, bounds) = (self.gpu.info().sm_count, &self.workspace.bounds);
         let lora = self.args.num_slots > 0;
-        let align = self.align();
-        let launch = align.launch(sm_count);
-        if launch.cooperative {
-            self.zero(align.barrier, size_of::<u32>())?;
-        }
-        self.give(&align, launch)?;
+        self.launch_align()?;
         if lora {
             let shrink = self.shrink_gate_up();
             self.give(&shrink, shrink.launch(bounds, sm_count))?;
@@ -140,6 +135,22 @@ impl Call<'_> {
         }
         let combine = self.combine();
         self.give(&combine, combine.launch())
+    }
+
+    /// By one cluster on Hopper, if the batch fits into its shared memory, else by as many blocks as it needs.
+    fn launch_align(&self) -> Result<(), GpuError> {
+        let read = self.args.weigh_input == 1;
+        let align =
+            AlignParams { row_weight: if read { self.at(self.workspace.row_weight) } else { 0 }, ..self.align() };
+        let (cluster, most_blocks) = (ClusterAlignParams(align), self.gpu.kernels().align_cluster());
+        if let Some(launch) = cluster.launch(most_blocks).filter(|_| most_blocks > 0) {
+            return self.give(&cluster, launch);
+        }
+        let launch = align.launch(self.gpu.info().sm_count);
+        if launch.cooperative {
+            self.zero(align.barrier, size_of::<u32>())?;
+        }
+        self.give(&align, launch)
     }
 
     pub(super) fn give<P: KernelParams>(&self, params: &P, launch: Launch) -> Result<(), GpuError> {
