@@ -13,7 +13,7 @@ pub enum TensorRouting<'a> {
     Logits(&'a Tensor),
     /// The choice was made elsewhere.
     Selected {
-        /// `[T, k]`, i64 or u32; -1 is skipped.
+        /// `[T, k]`, i32, i64 or u32; -1, or `u32::MAX`, is skipped.
         topk_ids: &'a Tensor,
         /// `[T, k]`, f32, used as they are.
         topk_weights: &'a Tensor,
@@ -46,6 +46,7 @@ impl MoeWithLora {
     /// If a tensor is not on candle's CPU device, of another format or shape than said, or the layer refuses: the message
     /// says what was found and what was expected.
     pub fn forward(&self, hidden: &Tensor, routing: TensorRouting<'_>, adapters: &TokenAdapters) -> Result<Tensor> {
+        self.check(hidden, &routing, adapters.ids().len())?;
         match hidden.dtype() {
             DType::F32 => self.typed::<f32>(hidden, routing, adapters),
             DType::F16 => self.typed::<f16>(hidden, routing, adapters),
@@ -54,14 +55,10 @@ impl MoeWithLora {
         }
     }
 
-    fn typed<X: Element + WithDType>(
-        &self,
-        hidden: &Tensor,
-        routing: TensorRouting<'_>,
-        adapters: &TokenAdapters,
-    ) -> Result<Tensor> {
-        let (width, top_k) = (self.layer.shape().hidden_size, self.layer.shape().top_k);
-        let tokens = adapters.ids().len();
+    /// That shapes fit a number of tokens.
+    fn check(&self, hidden: &Tensor, routing: &TensorRouting<'_>, tokens: usize) -> Result<()> {
+        let shape = self.layer.shape();
+        let width = shape.hidden_size;
         if hidden.dims().last() != Some(&width) || hidden.elem_count() != tokens * width {
             bail!("hidden states {:?} of {tokens} tokens, where [.., {width}] was expected", hidden.dims());
         }
@@ -71,26 +68,45 @@ impl MoeWithLora {
             }
             bail!("{name} {:?}, where [{tokens}, {width}] was expected", tensor.dims())
         };
+        match routing {
+            TensorRouting::Router => Ok(()),
+            TensorRouting::Logits(logits) => rows("logits", logits, shape.num_experts),
+            TensorRouting::Selected { topk_ids, topk_weights } => {
+                rows("topk_ids", topk_ids, shape.top_k)?;
+                rows("topk_weights", topk_weights, shape.top_k)
+            }
+        }
+    }
+
+    fn typed<X: Element + WithDType>(
+        &self,
+        hidden: &Tensor,
+        routing: TensorRouting<'_>,
+        adapters: &TokenAdapters,
+    ) -> Result<Tensor> {
         let mut out = vec![X::from_f32(0.0); hidden.elem_count()];
         let mut run = |routing: Routing<'_>| {
             with_numbers(hidden, |x: &[X]| self.layer.forward(x, routing, adapters, &mut out).map_err(Error::wrap))
         };
         match routing {
             TensorRouting::Router => run(Routing::Router),
-            TensorRouting::Logits(logits) => {
-                rows("logits", logits, self.layer.shape().num_experts)?;
-                with_numbers(logits, |logits| run(Routing::Logits(logits)))
-            }
+            TensorRouting::Logits(logits) => with_numbers(logits, |logits| run(Routing::Logits(logits))),
             TensorRouting::Selected { topk_ids, topk_weights } => {
-                rows("topk_ids", topk_ids, top_k)?;
-                rows("topk_weights", topk_weights, top_k)?;
-                let ids = topk_ids.to_dtype(DType::I64)?.flatten_all()?.to_vec1::<i64>()?;
-                let narrow = |id: i64| i32::try_from(id).map_err(Error::wrap);
-                let topk_ids = ids.into_iter().map(narrow).collect::<Result<Vec<_>>>()?;
+                let topk_ids = integers(topk_ids)?;
                 with_numbers(topk_weights, |topk_weights| run(Routing::Selected { topk_ids: &topk_ids, topk_weights }))
             }
         }?;
         Tensor::from_vec(out, hidden.shape(), hidden.device())
+    }
+}
+
+fn integers(tensor: &Tensor) -> Result<Vec<i32>> {
+    let flat = tensor.flatten_all()?;
+    match flat.dtype() {
+        DType::I32 => flat.to_vec1(),
+        // As engines without signed integers write -1.
+        DType::U32 => Ok(flat.to_vec1::<u32>()?.into_iter().map(u32::cast_signed).collect()),
+        _ => flat.to_vec1::<i64>()?.into_iter().map(|id| i32::try_from(id).map_err(Error::wrap)).collect(),
     }
 }
 

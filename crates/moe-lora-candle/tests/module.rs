@@ -98,11 +98,17 @@ fn same_bits<X: Element + WithDType>() {
 
     let (topk_ids, topk_weights) = (&setup.case.topk_ids, &setup.case.topk_weights);
     let want = setup.direct::<X>(Routing::Selected { topk_ids, topk_weights });
-    let ids: Vec<i64> = topk_ids.iter().map(|&id| id.into()).collect();
-    let topk_ids = &Tensor::from_vec(ids, (TOKENS, 2), &Device::Cpu).unwrap();
     let topk_weights = &Tensor::from_slice(topk_weights, (TOKENS, 2), &Device::Cpu).unwrap();
-    let selected = TensorRouting::Selected { topk_ids, topk_weights };
-    assert_eq!(numbers::<X>(&block.forward(&hidden, selected, adapters).unwrap()), want);
+    let wide: Vec<i64> = topk_ids.iter().map(|&id| id.into()).collect();
+    let unsigned: Vec<u32> = topk_ids.iter().map(|&id| id.cast_unsigned()).collect();
+    for topk_ids in &[
+        Tensor::from_vec(wide, (TOKENS, 2), &Device::Cpu).unwrap(),
+        Tensor::from_vec(unsigned, (TOKENS, 2), &Device::Cpu).unwrap(),
+        Tensor::from_slice(topk_ids, (TOKENS, 2), &Device::Cpu).unwrap(),
+    ] {
+        let selected = TensorRouting::Selected { topk_ids, topk_weights };
+        assert_eq!(numbers::<X>(&block.forward(&hidden, selected, adapters).unwrap()), want);
+    }
 }
 
 #[test]
