@@ -7,10 +7,8 @@ use crate::{AlignParams, Format, GateUpParams, Kernel, KernelParams, Launch, Ten
 pub(crate) const MOST_TOKENS: u32 = 256;
 /// `kMostPairs`.
 const MOST_PAIRS: u32 = 2048;
-/// What a stage of the ring for adapters should hold at least.
-const LORA_STAGE_BYTES: u32 = 10 * 1024;
-/// Largest rank of any adapter: B of 64 features, 8 KB, must fit into a stage.
-const MOST_RANK: u32 = 64;
+/// Largest rank of any adapter.
+const MOST_RANK: u32 = 512;
 /// Slots, and one for none, are 16-bit numbers in align.
 const MOST_SLOTS: u32 = (1 << 16) - 2;
 /// `kStreamThreads`.
@@ -68,12 +66,8 @@ pub struct DecodePlan {
     pub cluster: u32,
     /// Parts of I that down shrinks apart.
     pub planes: u32,
-    /// Stages of down's ring for adapters; none without slots.
-    pub lora_stages: u32,
-    /// Units of eight rows of a chunk in such a stage.
-    pub lora_units: u32,
-    /// Bytes of such a unit: B of 64 features, and S.
-    unit_bytes: u32,
+    /// Tokens whose sum of adapters a block of down keeps; none without slots.
+    lora_tokens: u32,
 }
 
 impl DecodePlan {
@@ -90,7 +84,6 @@ impl DecodePlan {
         let cluster = Self::cluster(sizes.hidden_size, sm_count)?;
         let tile_rows = Self::tile_rows(pairs, sizes);
         let planes = if sizes.intermediate_size > 4096 { 2 } else { 1 };
-        let unit_bytes = (128 + 32 * planes) * sizes.max_rank;
         let plan = Self {
             tile_rows,
             max_tiles: pairs.min(sizes.num_experts) + pairs / tile_rows,
@@ -98,13 +91,7 @@ impl DecodePlan {
             down: Ring { stages: 0, stage_tiles: if tile_rows <= 32 { 2 } else { 1 } },
             cluster,
             planes,
-            lora_stages: match (sizes.num_slots, sizes.num_tokens) {
-                (0, _) => 0,
-                (_, 0..=64) => 4,
-                _ => 3,
-            },
-            lora_units: (LORA_STAGE_BYTES / unit_bytes.max(1)).clamp(1, 15),
-            unit_bytes,
+            lora_tokens: if sizes.num_slots == 0 { 0 } else { sizes.num_tokens.div_ceil(cluster) },
         };
         let slot = plan.slot(plan.down);
         let fixed = plan.down_shared(sizes.num_tokens, pairs, 0);
@@ -151,8 +138,7 @@ impl DecodePlan {
 
     const fn down_shared(&self, num_tokens: u32, pairs: u32, stages: u32) -> u32 {
         let ring = stages * (self.slot(self.down) + 16);
-        let lora = self.lora_stages * (256 + self.lora_units * self.unit_bytes + 16);
-        1024 + ring + lora + num_tokens * 256 + self.max_tiles * 16 + SHRINK_PARTIAL + 48 + pairs * 6 + 16
+        1024 + ring + (num_tokens + self.lora_tokens) * 256 + self.max_tiles * 16 + SHRINK_PARTIAL + 48 + pairs * 6 + 16
     }
 }
 
@@ -235,17 +221,15 @@ pub struct DecodeDownParams {
     pub out_f32: u32,
     /// Factor of the output.
     pub scaling: f32,
-    /// Stages of the ring for adapters.
-    pub lora_stages: u32,
-    /// Most units of such a stage.
-    pub lora_units: u32,
+    /// Zero.
+    pub reserved: [u32; 2],
 }
 
 const _: () = {
     assert!(size_of::<DecodeGateUpParams>() == 320 && core::mem::offset_of!(DecodeGateUpParams, chunks) == 288);
     assert!(core::mem::offset_of!(DecodeGateUpParams, stage_tiles) == 304);
     assert!(size_of::<DecodeDownParams>() == 320 && core::mem::offset_of!(DecodeDownParams, num_tokens) == 208);
-    assert!(core::mem::offset_of!(DecodeDownParams, lora_units) == 268);
+    assert!(core::mem::offset_of!(DecodeDownParams, reserved) == 264);
 };
 
 impl sealed::Sealed for DecodeAlignParams {}
@@ -331,7 +315,7 @@ mod tests {
         let fits = |sizes: BatchSizes| DecodePlan::new(&sizes, 132).is_some();
         assert!(fits(qwen3(1)) && fits(qwen3(256)) && !fits(qwen3(0)) && !fits(qwen3(257)));
         // With slots or without: base rows have the same bits.
-        assert!([0, 8].iter().all(|&num_slots| !fits(BatchSizes { max_rank: 72, num_slots, ..qwen3(4) })));
+        assert!([0, 8].iter().all(|&num_slots| !fits(BatchSizes { max_rank: 520, num_slots, ..qwen3(4) })));
         assert!(!fits(BatchSizes { hidden_size: 64 * 133, ..qwen3(4) }));
         assert!(!fits(BatchSizes { top_k: 9, ..qwen3(256) }) && !fits(BatchSizes { num_slots: 1 << 16, ..qwen3(4) }));
         assert!(!fits(BatchSizes { num_experts: 1025, ..qwen3(4) }));
