@@ -144,13 +144,16 @@ __device__ __forceinline__ void finish(const DecodeDownParams& p, const Job& job
         const uint32_t token = job.rank * each + i / 8, at = job.sum.place(token, i % 8 * 8) - token * 64;
         const uint32_t feature = job.first_feature + i % 8 * 8;
         float sum[8] = {};
-        for (uint32_t part = 0; part < p.cluster + lora; ++part) {
-            const float* from = part == p.cluster   ? job.lora.sum.y + token * 64
-                                : part == job.rank ? y + token * 64
-                                                   : reinterpret_cast<const float*>(ring) + (part * each + i / 8) * 64;
+        for (uint32_t part = 0; part < p.cluster; ++part) {
+            const float* from = part == job.rank ? y + token * 64 : reinterpret_cast<const float*>(ring) + (part * each + i / 8) * 64;
             const float4 low = *reinterpret_cast<const float4*>(from + at), high = *reinterpret_cast<const float4*>(from + at + 4);
             sum[0] += low.x, sum[1] += low.y, sum[2] += low.z, sum[3] += low.w;
             sum[4] += high.x, sum[5] += high.y, sum[6] += high.z, sum[7] += high.w;
+        }
+        if (lora) {
+            const float* from = job.lora.y + job.lora.place(token, i % 8 / 2) + i % 2;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum[j] += from[2 * j];
         }
         if (feature >= p.hidden_size) continue;
         const size_t to = static_cast<size_t>(token) * p.hidden_size + feature;
@@ -178,7 +181,9 @@ __device__ __forceinline__ void decode_down_kernel(const DecodeDownParams& p) {
     const uint32_t each = tokens_each(p), lora_tokens = p.adapters != 0 ? each : 0;
     float* y = reinterpret_cast<float*>(ring + p.stages * slot);
     float* lora_y = y + p.num_tokens * 64;
-    auto* tiles = reinterpret_cast<RowTile*>(lora_y + lora_tokens * 64);
+    auto* pieces = reinterpret_cast<uint4*>(lora_y + lora_tokens * 64);
+    auto* steps = reinterpret_cast<char*>(pieces + lora_tokens * p.top_k);
+    auto* tiles = reinterpret_cast<RowTile*>(steps + p.lora_steps * (kShrinkThreads / 32) * kStepBytes);
     float* partial = reinterpret_cast<float*>(tiles + p.max_tiles);
     uint32_t* barriers = reinterpret_cast<uint32_t*>(partial + kShrinkPartial);
     const uint32_t received = shared_address(barriers) + stream_barrier_bytes(p.stages), ready = received + 8;
@@ -190,9 +195,8 @@ __device__ __forceinline__ void decode_down_kernel(const DecodeDownParams& p) {
     const RouteCounts counts = *reinterpret_cast<const RouteCounts*>(p.counts);
     const uint32_t rank = p.cluster > 1 ? cluster_rank() : 0, num_chunks = p.adapters != 0 ? counts.num_chunks : 0;
     const uint32_t first_feature = blockIdx.x / p.cluster * kStreamRows, first_token = min(p.num_tokens, rank * each);
-    const ExpertSum sum{y, tokens, weights}, lora_sum{lora_y - first_token * 64, tokens, weights};
-    const LoraShare lora{lora_sum, first_token, first_token + each, first_feature, num_chunks};
-    const Job job{rank, first_feature, counts.num_tiles, tiles, sum, lora};
+    const LoraShare lora{first_token, first_token + each, first_feature, num_chunks, tokens, weights, lora_y, pieces};
+    const Job job{rank, first_feature, counts.num_tiles, tiles, ExpertSum{y, tokens, weights}, lora};
     if (threadIdx.x == 0) {
         tma_prefetch(&p.weights);
         stream.init();
@@ -225,9 +229,10 @@ __device__ __forceinline__ void decode_down_kernel(const DecodeDownParams& p) {
         __syncwarp();
     } else {
         const uint32_t shrinks = num_chunks * ((p.max_rank + 15) / 16) * p.planes;
-        Steps steps(p, lora);
+        const uint32_t own = list_pieces(p, lora, reinterpret_cast<uint32_t*>(partial));
         shrink_chunks<T>(p, shrinks, partial);
-        add_lora<T>(p, lora, steps, shrinks);
+        const uint32_t lora_ring = shared_address(steps) + warp % 4 * p.lora_steps * kStepBytes;
+        add_lora<T>(p, lora, lora_ring, own, shrinks);
         __syncwarp();
         if (num_chunks > 0) named_barrier_arrive(kBarrierLora, kStreamConsumers + kShrinkThreads);
     }

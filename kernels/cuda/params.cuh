@@ -294,6 +294,7 @@ struct DecodeDownParams {
     uint32_t max_tiles;    // places for tiles in shared memory
     uint32_t out_f32;      // out is f32 and not the activation's format
     float scaling;
-    uint32_t reserved[2];
+    uint32_t lora_steps;   // in a warp's ring for LoRA: 16, 8 or 4
+    uint32_t reserved;
 };
 static_assert(sizeof(DecodeDownParams) == 320, "DecodeDownParams");

@@ -15,6 +15,8 @@ const MOST_SLOTS: u32 = (1 << 16) - 2;
 const STREAM_THREADS: u32 = 384;
 /// `kShrinkThreads` of `epilogue/lora_stream.cuh`.
 const SHRINK_THREADS: u32 = 128;
+/// `kStepBytes`, for four warps.
+const STEP_BYTES: u32 = 4 * (512 + 512 + 16);
 /// Bytes of `kShrinkPartial`.
 const SHRINK_PARTIAL: u32 = 4 * 16 * 20 * 4;
 /// `kStreamWeightBytes`, and what a token's 64 numbers take.
@@ -66,8 +68,8 @@ pub struct DecodePlan {
     pub cluster: u32,
     /// Parts of I that down shrinks apart.
     pub planes: u32,
-    /// Tokens whose sum of adapters a block of down keeps; none without slots.
-    lora_tokens: u32,
+    /// Steps in a ring of down for adapters; none without slots.
+    pub lora_steps: u32,
 }
 
 impl DecodePlan {
@@ -81,6 +83,9 @@ impl DecodePlan {
             && sizes.num_experts <= crate::launch::MOST_EXPERTS
             && sizes.max_rank <= MOST_RANK
             && sizes.num_slots <= MOST_SLOTS;
+        if !fits {
+            return None;
+        }
         let cluster = Self::cluster(sizes.hidden_size, sm_count)?;
         let tile_rows = Self::tile_rows(pairs, sizes);
         let planes = if sizes.intermediate_size > 4096 { 2 } else { 1 };
@@ -91,17 +96,25 @@ impl DecodePlan {
             down: Ring { stages: 0, stage_tiles: if tile_rows <= 32 { 2 } else { 1 } },
             cluster,
             planes,
-            lora_tokens: if sizes.num_slots == 0 { 0 } else { sizes.num_tokens.div_ceil(cluster) },
+            lora_steps: 0,
         };
-        let slot = plan.slot(plan.down);
-        let fixed = plan.down_shared(sizes.num_tokens, pairs, 0);
-        // Few tokens: as much as fits, filled while the launch before ends. Else what keeps the memory busy.
-        let weights = if sizes.num_tokens <= 8 { MOST_SHARED } else { 96 * 1024 };
-        let wanted =
-            (weights / (WEIGHT_BYTES * plan.down.stage_tiles)).max((sizes.num_tokens * 256 + 4096).div_ceil(slot));
-        let stages = wanted.min(MOST_SHARED.saturating_sub(fixed) / (slot + 16));
-        let holds = stages >= 2 && stages * slot >= sizes.num_tokens * 256 + 4096;
-        (fits && holds).then_some(Self { down: Ring { stages, ..plan.down }, ..plan })
+        // With slots or without, the same batches have a plan.
+        let with_lora = [16, 8, 4].map(|lora_steps| Self { lora_steps, ..plan }.filled(sizes));
+        let lora = with_lora.iter().flatten().max_by_key(|plan| (plan.down.stages, plan.lora_steps));
+        if sizes.num_slots > 0 { lora.copied() } else { lora.and_then(|_| plan.filled(sizes)) }
+    }
+
+    /// With a ring for down, if there is room: what keeps the memory busy, since what is in flight makes everybody wait, and what the
+    /// other blocks of a cluster send.
+    fn filled(self, sizes: &BatchSizes) -> Option<Self> {
+        let few = self.cluster == 3 && sizes.num_tokens <= 8;
+        let weights = if self.tile_rows <= 32 && (self.cluster == 2 || few) { 96 * 1024 } else { 64 * 1024 };
+        let sent = if self.cluster > 1 { sizes.num_tokens * 256 + 4096 } else { 0 };
+        let slot = self.slot(self.down);
+        let least = sent.div_ceil(slot).max(2);
+        let room = MOST_SHARED.saturating_sub(self.down_shared(sizes.num_tokens, sizes.top_k, 0));
+        let stages = least.max(weights / (WEIGHT_BYTES * self.down.stage_tiles)).min(room / (slot + 16));
+        (stages >= least).then_some(Self { down: Ring { stages, ..self.down }, ..self })
     }
 
     /// Three, two or one block for 64 features, as many as surely run at the same time: clusters lie within parts of the chip.
@@ -136,9 +149,11 @@ impl DecodePlan {
         1040 + self.gate_up.stages * (self.slot(self.gate_up) + 16)
     }
 
-    const fn down_shared(&self, num_tokens: u32, pairs: u32, stages: u32) -> u32 {
+    const fn down_shared(&self, num_tokens: u32, top_k: u32, stages: u32) -> u32 {
         let ring = stages * (self.slot(self.down) + 16);
-        1024 + ring + (num_tokens + self.lora_tokens) * 256 + self.max_tiles * 16 + SHRINK_PARTIAL + 48 + pairs * 6 + 16
+        let lora_tokens = if self.lora_steps == 0 { 0 } else { num_tokens.div_ceil(self.cluster) };
+        let lora = lora_tokens * (256 + top_k * 16) + self.lora_steps * STEP_BYTES;
+        1024 + ring + num_tokens * 256 + lora + self.max_tiles * 16 + SHRINK_PARTIAL + 48 + num_tokens * top_k * 6 + 16
     }
 }
 
@@ -221,15 +236,17 @@ pub struct DecodeDownParams {
     pub out_f32: u32,
     /// Factor of the output.
     pub scaling: f32,
+    /// `DecodePlan::lora_steps`.
+    pub lora_steps: u32,
     /// Zero.
-    pub reserved: [u32; 2],
+    pub reserved: u32,
 }
 
 const _: () = {
     assert!(size_of::<DecodeGateUpParams>() == 320 && core::mem::offset_of!(DecodeGateUpParams, chunks) == 288);
     assert!(core::mem::offset_of!(DecodeGateUpParams, stage_tiles) == 304);
     assert!(size_of::<DecodeDownParams>() == 320 && core::mem::offset_of!(DecodeDownParams, num_tokens) == 208);
-    assert!(core::mem::offset_of!(DecodeDownParams, reserved) == 264);
+    assert!(core::mem::offset_of!(DecodeDownParams, lora_steps) == 264);
 };
 
 impl sealed::Sealed for DecodeAlignParams {}
@@ -286,7 +303,7 @@ impl DecodeDownParams {
     /// A cluster for every 64 features.
     #[must_use]
     pub fn launch(&self, plan: &DecodePlan) -> Launch {
-        let shared = plan.down_shared(self.num_tokens, self.num_tokens * self.top_k, plan.down.stages);
+        let shared = plan.down_shared(self.num_tokens, self.top_k, plan.down.stages);
         let grid = [self.hidden_size.div_ceil(64) * plan.cluster, 1, 1];
         Launch { cluster: plan.cluster, ..Launch::new(grid, STREAM_THREADS + SHRINK_THREADS, shared) }
     }
@@ -329,8 +346,11 @@ mod tests {
             for num_tokens in 1..=MOST_TOKENS {
                 for top_k in [1, 2, 8] {
                     let sizes = BatchSizes { num_experts, top_k, hidden_size, intermediate_size, ..qwen3(num_tokens) };
-                    let plan = DecodePlan::new(&sizes, 132).unwrap();
-                    let shared = plan.down_shared(num_tokens, num_tokens * top_k, plan.down.stages);
+                    let Some(plan) = DecodePlan::new(&sizes, 132) else {
+                        assert!(num_tokens * top_k > 1024, "{sizes:?}");
+                        continue;
+                    };
+                    let shared = plan.down_shared(num_tokens, top_k, plan.down.stages);
                     assert!(shared <= MOST_SHARED && plan.gate_up_shared() <= MOST_SHARED, "{sizes:?} {plan:?}");
                     assert!(plan.gate_up.stages >= 3 && plan.down.stages >= 2, "{plan:?}");
                 }

@@ -3,7 +3,7 @@
 // First S = scale A h: all blocks share out all chunks. Once all have been done, every block adds w B S for its 64 features and its
 // tokens (of a cluster every block has some) to a sum of its own, experts ascending, so that nothing depends on other tokens
 // or on the base product. A warp has 16 features for itself: no barriers. A step is eight rows of a chunk by 16 ranks; B and S come
-// straight to registers, eight steps ahead.
+// to a ring of the warp, several steps ahead: beside the stream of weights, whatever is read takes microseconds.
 #pragma once
 #include <cstdint>
 
@@ -17,7 +17,8 @@ constexpr uint32_t kShrinkRows = 16;  // rows and ranks of one product
 constexpr uint32_t kShrinkPitch = 20;
 constexpr uint32_t kShrinkPartial = 4 * kShrinkRows * kShrinkPitch;  // f32 in shared memory
 constexpr uint32_t kStepRows = 8;
-constexpr uint32_t kStepsTogether = 4;
+// Of a step, in a warp's ring: B [16 features][16 ranks], S f32 [8 rows][16 ranks], what it is.
+constexpr uint32_t kStepB = 512, kStepS = 512, kStepBytes = kStepB + kStepS + 16;
 
 __device__ __forceinline__ const AdapterEntry& down_entry(const DecodeDownParams& p, const Segment& chunk) {
     return reinterpret_cast<const AdapterEntry*>(
@@ -141,196 +142,213 @@ __device__ __forceinline__ void shrink_chunks(const DecodeDownParams& p, uint32_
     if (thread == 0 && done > 0) counter_add(&reinterpret_cast<RouteCounts*>(p.counts)->claimed[1], done);
 }
 
-// What a block adds B S to: tokens [first_token, end_token) of `sum`, features from `first_feature` on.
+// What a block adds B S to: tokens [first_token, end_token), features from `first_feature` on.
 struct LoraShare {
-    ExpertSum sum;
     uint32_t first_token, end_token, first_feature, num_chunks;
+    const uint16_t* tokens;  // [rows]
+    const float* weights;    // [rows]
+    float* y;                // [own tokens][64], see place()
+    uint4* pieces;           // [own tokens * k]
+
+    // Where 16 features of a token are: feature i and i + 8 side by side.
+    __device__ __forceinline__ uint32_t place(uint32_t token, uint32_t sixteen) const {
+        return (token - first_token) * 64 + ((sixteen ^ token) & 3) * 16;
+    }
 };
 
-// Chunks from one on, one a lane. Fewer where ranks are high: their B comes to L2 at once.
-struct ChunkList {
-    Segment chunk;
-    uint32_t ranks;
-    uint64_t b;
+// Rows of a chunk whose tokens are a block's, as 16 bytes in shared memory.
+struct Piece {
+    uint64_t b = 0;  // of the block's features
+    uint32_t row = 0, end = 0, ranks = 0;
+    bool repeats = false;  // a token has two of the rows: its pairs name an expert twice
 
-    static __device__ __forceinline__ uint32_t size(const DecodeDownParams& p) { return p.max_rank <= 16 ? 32 : p.max_rank <= 64 ? 8 : 1; }
-    __device__ __forceinline__ void load(const DecodeDownParams& p, uint32_t first, uint32_t num_chunks) {
-        const uint32_t lane = threadIdx.x % 32;
-        chunk = Segment{0, -1, 0, 0};
-        if (lane < size(p) && first + lane < num_chunks) chunk = reinterpret_cast<const Segment*>(p.chunks)[first + lane];
-    }
-    __device__ __forceinline__ void load_entries(const DecodeDownParams& p) {
-        ranks = 0;
-        b = 0;
-        if (chunk.slot < 0) return;
+    Piece() = default;
+    __device__ __forceinline__ Piece(const DecodeDownParams& p, const LoraShare& share, uint32_t index) {
+        const Segment chunk = reinterpret_cast<const Segment*>(p.chunks)[index];
         const AdapterEntry& entry = down_entry(p, chunk);
-        ranks = entry.rank;
-        b = entry.b;
-    }
-    // Those rows whose tokens are this block's, and B of its features.
-    __device__ __forceinline__ void narrow(const DecodeDownParams& p, const LoraShare& share) {
-        ranks = (ranks + 7) / 8 * 8;
-        if (ranks == 0) chunk.end_row = chunk.first_row;
-        chunk.first_row = first_row_from(share, share.first_token);
-        chunk.end_row = first_row_from(share, share.end_token);
-        b += static_cast<uint64_t>(share.first_feature) * ranks * 2;
-        if (chunk.first_row < chunk.end_row && threadIdx.x / 32 % 4 == 0) {
-            bulk_prefetch_l2(reinterpret_cast<const void*>(b), min(kStreamRows, p.hidden_size - share.first_feature) * ranks * 2);
+        ranks = (entry.rank + 7) / 8 * 8;
+        b = entry.b + static_cast<uint64_t>(share.first_feature) * ranks * 2;
+        if (ranks == 0) return;
+        // Rows ascend by token.
+        row = chunk.first_row;
+        while (row < chunk.end_row && share.tokens[row] < share.first_token) ++row;
+        end = row;
+        while (end < chunk.end_row && share.tokens[end] < share.end_token) {
+            repeats = repeats || (end > row && share.tokens[end] == share.tokens[end - 1]);
+            ++end;
         }
     }
-    // Rows of a chunk ascend by token.
-    __device__ __forceinline__ uint32_t first_row_from(const LoraShare& share, uint32_t token) const {
-        uint32_t row = chunk.first_row, end = chunk.end_row;
-        while (row < end) {
-            const uint32_t middle = (row + end) / 2;
-            if (share.sum.tokens[middle] < token) {
-                row = middle + 1;
-            } else {
-                end = middle;
-            }
-        }
-        return row;
+    __device__ __forceinline__ explicit Piece(uint4 words)
+        : b(words.x | static_cast<uint64_t>(words.y) << 32),
+          row(words.z & 0xffff),
+          end(words.z >> 16),
+          ranks(words.w & 0xffff),
+          repeats(words.w >> 16 != 0) {}
+    __device__ __forceinline__ uint4 words() const {
+        return uint4{static_cast<uint32_t>(b), static_cast<uint32_t>(b >> 32), row | end << 16, ranks | (repeats ? 1u << 16 : 0)};
     }
+    __device__ __forceinline__ void prefetch(const DecodeDownParams& p, const LoraShare& share) const {
+        bulk_prefetch_l2(reinterpret_cast<const void*>(b), min(kStreamRows, p.hidden_size - share.first_feature) * ranks * 2);
+    }
+    // How many pieces B comes to L2 ahead.
+    static __device__ __forceinline__ uint32_t ahead(const DecodeDownParams& p) { return p.max_rank <= 16 ? 32 : p.max_rank <= 64 ? 8 : 2; }
 };
 
-// Goes through the steps of a block: ranks of eight rows, planes of S, the next rows, the next chunk. It is at one if row < end.
+// Lists a block's pieces, in the order of chunks; returns how many. A warpgroup, every thread some chunks in a row.
+__device__ __forceinline__ uint32_t list_pieces(const DecodeDownParams& p, const LoraShare& share, uint32_t* warp_counts) {
+    const uint32_t thread = threadIdx.x % kShrinkThreads, lane = thread % 32, warp = thread / 32;
+    const uint32_t each = (share.num_chunks + kShrinkThreads - 1) / kShrinkThreads;
+    const uint32_t first = min(share.num_chunks, thread * each), end = min(share.num_chunks, first + each);
+    uint32_t count = 0;
+#pragma unroll 4
+    for (uint32_t index = first; index < end; ++index) {
+        const Piece piece(p, share, index);
+        count += piece.row < piece.end;
+    }
+    uint32_t through = count;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const uint32_t other = __shfl_up_sync(~0u, through, d);
+        if (lane >= d) through += other;
+    }
+    if (lane == 31) warp_counts[warp] = through;
+    named_barrier(kBarrierShrink, kShrinkThreads);
+    uint32_t at = through - count, total = 0;
+    for (uint32_t i = 0; i < kShrinkThreads / 32; ++i) {
+        at += i < warp ? warp_counts[i] : 0;
+        total += warp_counts[i];
+    }
+    for (uint32_t index = first; index < end; ++index) {
+        const Piece piece(p, share, index);
+        if (piece.row >= piece.end) continue;
+        if (at < Piece::ahead(p)) piece.prefetch(p, share);
+        share.pieces[at++] = piece.words();
+    }
+    named_barrier(kBarrierShrink, kShrinkThreads);
+    return total;
+}
+
+// Goes through the steps of a block: ranks of eight rows, planes of S, the next rows, the next piece. It is at one if row < end.
 struct Steps {
-    // Of three lists, what is loaded: all of this one, entries of the next one, chunks of the one after. So nobody waits for them.
-    ChunkList now, next, after;
-    uint32_t first_after = 0, left = 0;  // chunk of `after`, and lanes of `now` that are to come
-    uint32_t row = 0, end = 0, rank = 0, ranks = 0, plane = 0;
-    uint64_t b = 0;
+    Piece piece;
+    uint32_t next = 0, count;
+    uint32_t rank = 0, plane = 0;
 
-    __device__ __forceinline__ Steps(const DecodeDownParams& p, const LoraShare& share) {
-        next.load(p, 0, share.num_chunks);
-        next.load_entries(p);
-        after.load(p, ChunkList::size(p), share.num_chunks);
-        now = next;
-        now.narrow(p, share);  // for what it brings to L2
-        first_after = ChunkList::size(p);
+    __device__ __forceinline__ Steps(const DecodeDownParams& p, const LoraShare& share, uint32_t count) : count(count) {
+        next_piece(p, share);
     }
-
-    // To the next list, if this one is done.
-    __device__ __forceinline__ void refill(const DecodeDownParams& p, const LoraShare& share) {
-        while (row == end && first_after < share.num_chunks + ChunkList::size(p)) {
-            now = next;
-            next = after;
-            next.load_entries(p);
-            first_after += ChunkList::size(p);
-            after.load(p, first_after, share.num_chunks);
-            now.narrow(p, share);
-            left = __ballot_sync(~0u, now.chunk.first_row < now.chunk.end_row);
-            next_chunk();
-        }
-    }
-    // To the next step of this list.
-    __device__ __forceinline__ void advance(const DecodeDownParams& p) {
+    __device__ __forceinline__ void advance(const DecodeDownParams& p, const LoraShare& share) {
         rank += 16;
-        if (rank < ranks) return;
+        if (rank < piece.ranks) return;
         rank = 0;
         if (++plane < p.planes) return;
         plane = 0;
-        row += kStepRows;
-        if (row >= end) next_chunk();
+        piece.row += kStepRows;
+        if (piece.row >= piece.end) next_piece(p, share);
     }
-    __device__ __forceinline__ void next_chunk() {
-        const int from = max(__ffs(left), 1) - 1;
-        row = __shfl_sync(~0u, now.chunk.first_row, from);
-        end = __shfl_sync(~0u, now.chunk.end_row, from);
-        ranks = __shfl_sync(~0u, now.ranks, from);
-        b = __shfl_sync(~0u, now.b, from);
-        if (left == 0) end = row, ranks = 0;
-        left &= left - 1;
-    }
-};
-
-// Steps side by side: B, S, and where they go.
-template <class T>
-struct StepGroup {
-    uint2 b[kStepsTogether][2] = {};  // 16 features of a warp: lane / 4 and + 8; four neighbouring ranks are a lane's k
-    float4 s[kStepsTogether] = {};
-    // First row, rank / 16 << 16, plane << 21, rows << 24 (0: no step), whether `value` is whole after it, whether the lane has a row
-    // and ranks.
-    uint32_t what[kStepsTogether] = {};
-    static constexpr uint32_t kLast = 1u << 28, kInside = 1u << 29;
-
-    __device__ __forceinline__ bool any() const { return rows(0) > 0; }
-    __device__ __forceinline__ uint32_t row(uint32_t step) const { return what[step] & 0xffff; }
-    __device__ __forceinline__ uint32_t rows(uint32_t step) const { return what[step] >> 24 & 15; }
-
-    __device__ __forceinline__ void load_b(const DecodeDownParams& p, const LoraShare& share, Steps& steps) {
-        const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, feature = threadIdx.x / 32 % 4 * 16;
-        const uint32_t features = p.hidden_size - share.first_feature;
-        steps.refill(p, share);
-#pragma unroll
-        for (uint32_t i = 0; i < kStepsTogether; ++i) {
-            const uint32_t own = min(kStepRows, steps.end - steps.row);
-            const bool inside = own > 0 && steps.rank + 4 * t < steps.ranks;
-            const bool last = steps.rank + 16 >= steps.ranks && steps.plane + 1 == p.planes;
-            what[i] = steps.row | steps.rank << 12 | steps.plane << 21 | own << 24 | (last ? kLast : 0) | (inside && g < own ? kInside : 0);
-            const T* from = reinterpret_cast<const T*>(steps.b) + (feature + g) * steps.ranks + steps.rank + 4 * t;
-            b[i][0] = inside && feature < features ? __ldg(reinterpret_cast<const uint2*>(from)) : uint2{0, 0};
-            b[i][1] = inside && feature + 8 < features ? __ldg(reinterpret_cast<const uint2*>(from + 8 * steps.ranks)) : uint2{0, 0};
-            steps.advance(p);
+    __device__ __forceinline__ void next_piece(const DecodeDownParams& p, const LoraShare& share) {
+        if (next >= count) {
+            piece.row = piece.end;
+            return;
         }
+        piece = Piece(share.pieces[next]);
+        const uint32_t later = next + Piece::ahead(p);
+        if (threadIdx.x % kShrinkThreads == 0 && later < count) Piece(share.pieces[later]).prefetch(p, share);
+        ++next;
     }
-    __device__ __forceinline__ void load_s(const DecodeDownParams& p) {
-        const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, of_plane = p.num_tokens * p.top_k;
-#pragma unroll
-        for (uint32_t i = 0; i < kStepsTogether; ++i) {
-            const uint32_t of_row = row(i) + g + (what[i] >> 21 & 1) * of_plane;
-            const float4* from = reinterpret_cast<const float4*>(p.shrunk) + of_row * (p.max_rank / 4) + (what[i] >> 16 & 31) * 4 + t;
-            s[i] = what[i] & kInside ? __ldcg(from) : float4{0.0f, 0.0f, 0.0f, 0.0f};
+    // Brings the step to a place of the ring. What it is: first row, rows << 16 (0: no step), then the flags below.
+    static constexpr uint32_t kLast = 1u << 24, kRepeats = 1u << 25;  // the rows' last ranks; rows share a token
+    template <class T>
+    __device__ __forceinline__ void bring(const DecodeDownParams& p, const LoraShare& share, uint32_t to) const {
+        const uint32_t lane = threadIdx.x % 32, feature = threadIdx.x / 32 % 4 * 16 + lane / 2;
+        const uint32_t rows = min(kStepRows, piece.end - piece.row);
+        if (rows > 0) {
+            const bool any_b = rank + lane % 2 * 8 < piece.ranks && share.first_feature + feature < p.hidden_size;
+            const T* b = reinterpret_cast<const T*>(piece.b) + (any_b ? feature * piece.ranks + rank + lane % 2 * 8 : 0);
+            cp_async(to + lane * 16, b, any_b);
+            const bool any_s = lane / 4 < rows && rank + lane % 4 * 4 < piece.ranks;
+            const uint32_t row = plane * p.num_tokens * p.top_k + piece.row + (any_s ? lane / 4 : 0);
+            cp_async(to + kStepB + lane * 16, reinterpret_cast<const float*>(p.shrunk) + row * p.max_rank + rank + (any_s ? lane % 4 * 4 : 0),
+                     any_s);
         }
-    }
-    // Products side by side, S as two 16-bit numbers; then sums one after the other: rows may share tokens. `value`: of the ranks before.
-    __device__ __forceinline__ void add(const ExpertSum& sum, float (&value)[4]) const {
-        const uint32_t feature = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-        const float no_bias[2] = {0.0f, 0.0f};
-        float product[kStepsTogether][4] = {};
-#pragma unroll
-        for (uint32_t i = 0; i < kStepsTogether; ++i) {
-            const uint32_t low = narrow_pair<T>(s[i].x, s[i].y), high = narrow_pair<T>(s[i].z, s[i].w);
-            const float2 of_low = widen_pair<T>(low), of_high = widen_pair<T>(high);
-            mma<T>(product[i], b[i][0].x, b[i][1].x, b[i][0].y, b[i][1].y, low, high);
-            mma<T>(product[i], b[i][0].x, b[i][1].x, b[i][0].y, b[i][1].y, narrow_pair<T>(s[i].x - of_low.x, s[i].y - of_low.y),
-                   narrow_pair<T>(s[i].z - of_high.x, s[i].w - of_high.y));
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < kStepsTogether; ++i) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) value[j] += product[i][j];
-            if (what[i] & kLast) {
-                sum.add(value, row(i), 0, rows(i), feature, no_bias, sum.repeats(row(i), rows(i)));
-                __syncwarp();
-#pragma unroll
-                for (int j = 0; j < 4; ++j) value[j] = 0.0f;
-            }
+        const bool last = rank + 16 >= piece.ranks && plane + 1 == p.planes;
+        if (lane == 0) {
+            store_shared4(to + kStepB + kStepS, piece.row | rows << 16 | (last ? kLast : 0) | (piece.repeats ? kRepeats : 0));
         }
     }
 };
 
-// `shrinks`: what must have been counted before S is read.
+// value += B S: S as two 16-bit numbers. A lane's k are four neighbouring ranks.
 template <class T>
-__device__ __forceinline__ void add_lora(const DecodeDownParams& p, const LoraShare& share, Steps& steps, uint32_t shrinks) {
-    StepGroup<T> one, two;
+__device__ __forceinline__ void multiply_step(uint32_t step, float (&value)[4]) {
+    const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint2 b = load_shared8(step + g * 32 + t * 8), b8 = load_shared8(step + (g + 8) * 32 + t * 8);
+    const uint4 bits = load_shared16(step + kStepB + lane * 16);
+    const float s[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w)};
+    const uint32_t low = narrow_pair<T>(s[0], s[1]), high = narrow_pair<T>(s[2], s[3]);
+    const float2 of_low = widen_pair<T>(low), of_high = widen_pair<T>(high);
+    mma<T>(value, b.x, b8.x, b.y, b8.y, low, high);
+    mma<T>(value, b.x, b8.x, b.y, b8.y, narrow_pair<T>(s[0] - of_low.x, s[1] - of_low.y),
+           narrow_pair<T>(s[2] - of_high.x, s[3] - of_high.y));
+}
+
+// Lanes with the same token go one after the other.
+__device__ __forceinline__ void add_rows(const LoraShare& share, const float (&value)[4], uint32_t first, uint32_t rows, bool repeats) {
+    const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll 1
+    for (uint32_t turn = 0; turn < (repeats ? 4 : 1); ++turn) {
+#pragma unroll
+        for (uint32_t i = 0; i < 2; ++i) {
+            const uint32_t row = first + 2 * t + i;
+            if (2 * t + i >= rows || (repeats && turn != t)) continue;
+            const float weight = share.weights[row];
+            float2& to = reinterpret_cast<float2*>(share.y + share.place(share.tokens[row], threadIdx.x / 32))[g];
+            to = float2{to.x + weight * value[i], to.y + weight * value[2 + i]};
+        }
+        __syncwarp();
+    }
+}
+
+// Waits until at most `steps` - 1 of the copies before are under way.
+__device__ __forceinline__ void wait_for_step(uint32_t steps) {
+    if (steps == 16) {
+        cp_async_wait<15>();
+    } else if (steps == 8) {
+        cp_async_wait<7>();
+    } else {
+        cp_async_wait<3>();
+    }
+    __syncwarp();
+}
+
+// `ring`: of the warp; `shrinks`: what must have been counted before S is read.
+template <class T>
+__device__ __forceinline__ void add_lora(const DecodeDownParams& p, const LoraShare& share, uint32_t ring, uint32_t pieces,
+                                         uint32_t shrinks) {
+    if (pieces == 0) return;
+    if (threadIdx.x % kShrinkThreads == 0) {
+        Watchdog watchdog;
+        while (counter_read(&reinterpret_cast<const RouteCounts*>(p.counts)->claimed[1]) < shrinks) watchdog.turn();
+    }
+    named_barrier(kBarrierShrink, kShrinkThreads);
+    Steps steps(p, share, pieces);
     float value[4] = {};
-    bool ready = false;
-    do {
-        one.add(share.sum, value);
-        one.load_b(p, share, steps);
-        if (!ready) {
-            if (!one.any()) return;
-            if (threadIdx.x % kShrinkThreads == 0) {
-                Watchdog watchdog;
-                while (counter_read(&reinterpret_cast<const RouteCounts*>(p.counts)->claimed[1]) < shrinks) watchdog.turn();
-            }
-            named_barrier(kBarrierShrink, kShrinkThreads);
-            ready = true;
+#pragma unroll 1
+    for (uint32_t i = 0;; ++i) {
+        steps.bring<T>(p, share, ring + (i & (p.lora_steps - 1)) * kStepBytes);
+        cp_async_commit();
+        if (steps.piece.row < steps.piece.end) steps.advance(p, share);
+        if (i + 1 < p.lora_steps) continue;
+        wait_for_step(p.lora_steps);
+        const uint32_t step = ring + (i + 1 & (p.lora_steps - 1)) * kStepBytes, what = load_shared4(step + kStepB + kStepS);
+        const uint32_t rows = what >> 16 & 255;
+        if (rows == 0) break;
+        multiply_step<T>(step, value);
+        if (what & Steps::kLast) {
+            add_rows(share, value, what & 0xffff, rows, what & Steps::kRepeats);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) value[j] = 0.0f;
         }
-        one.load_s(p);
-        two.add(share.sum, value);
-        two.load_b(p, share, steps);
-        two.load_s(p);
-    } while (one.any());
+        __syncwarp();
+    }
 }
