@@ -17,6 +17,7 @@ constexpr uint32_t kShrinkRows = 16;  // rows and ranks of one product
 constexpr uint32_t kShrinkPitch = 20;
 constexpr uint32_t kShrinkPartial = 4 * kShrinkRows * kShrinkPitch;  // f32 in shared memory
 constexpr uint32_t kStepRows = 8;
+constexpr uint32_t kStepsTogether = 4;
 // Of a step, in a warp's ring: B [16 features][16 ranks], S f32 [8 rows][16 ranks], what it is.
 constexpr uint32_t kStepB = 512, kStepS = 512, kStepBytes = kStepB + kStepS + 16;
 
@@ -248,7 +249,7 @@ struct Steps {
     }
     __device__ __forceinline__ void next_piece(const DecodeDownParams& p, const LoraShare& share) {
         if (next >= count) {
-            piece.row = piece.end;
+            piece.row = piece.end = piece.ranks = 0;
             return;
         }
         piece = Piece(share.pieces[next]);
@@ -272,9 +273,8 @@ struct Steps {
                      any_s);
         }
         const bool last = rank + 16 >= piece.ranks && plane + 1 == p.planes;
-        if (lane == 0) {
-            store_shared4(to + kStepB + kStepS, piece.row | rows << 16 | (last ? kLast : 0) | (piece.repeats ? kRepeats : 0));
-        }
+        const uint32_t what = piece.row | rows << 16 | (last ? kLast : 0) | (piece.repeats ? kRepeats : 0);
+        if (lane == 0) store_shared4(to + kStepB + kStepS, rows > 0 ? what : 0);
     }
 };
 
@@ -309,19 +309,20 @@ __device__ __forceinline__ void add_rows(const LoraShare& share, const float (&v
     }
 }
 
-// Waits until at most `steps` - 1 of the copies before are under way.
-__device__ __forceinline__ void wait_for_step(uint32_t steps) {
-    if (steps == 16) {
-        cp_async_wait<15>();
-    } else if (steps == 8) {
-        cp_async_wait<7>();
-    } else {
+// Waits until the oldest steps of a ring are there; the later ones may be under way.
+__device__ __forceinline__ void wait_for_steps(uint32_t steps) {
+    if (steps == 4 * kStepsTogether) {
         cp_async_wait<3>();
+    } else if (steps == 2 * kStepsTogether) {
+        cp_async_wait<1>();
+    } else {
+        cp_async_wait<0>();
     }
     __syncwarp();
 }
 
-// `ring`: of the warp; `shrinks`: what must have been counted before S is read.
+// `ring`: of the warp; `shrinks`: what must have been counted before S is read. Products side by side, then sums one after the other:
+// steps may share tokens.
 template <class T>
 __device__ __forceinline__ void add_lora(const DecodeDownParams& p, const LoraShare& share, uint32_t ring, uint32_t pieces,
                                          uint32_t shrinks) {
@@ -333,21 +334,37 @@ __device__ __forceinline__ void add_lora(const DecodeDownParams& p, const LoraSh
     named_barrier(kBarrierShrink, kShrinkThreads);
     Steps steps(p, share, pieces);
     float value[4] = {};
+    const uint32_t end = ring + p.lora_steps * kStepBytes;
+    uint32_t to = ring;
+    bool full = false;
 #pragma unroll 1
-    for (uint32_t i = 0;; ++i) {
-        steps.bring<T>(p, share, ring + (i & (p.lora_steps - 1)) * kStepBytes);
-        cp_async_commit();
-        if (steps.piece.row < steps.piece.end) steps.advance(p, share);
-        if (i + 1 < p.lora_steps) continue;
-        wait_for_step(p.lora_steps);
-        const uint32_t step = ring + (i + 1 & (p.lora_steps - 1)) * kStepBytes, what = load_shared4(step + kStepB + kStepS);
-        const uint32_t rows = what >> 16 & 255;
-        if (rows == 0) break;
-        multiply_step<T>(step, value);
-        if (what & Steps::kLast) {
-            add_rows(share, value, what & 0xffff, rows, what & Steps::kRepeats);
+    for (;;) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) value[j] = 0.0f;
+        for (uint32_t i = 0; i < kStepsTogether; ++i) {
+            steps.bring<T>(p, share, to + i * kStepBytes);
+            steps.advance(p, share);
+        }
+        cp_async_commit();
+        to += kStepsTogether * kStepBytes;
+        if (to == end) to = ring, full = true;
+        if (!full) continue;
+        wait_for_steps(p.lora_steps);
+        float product[kStepsTogether][4] = {};
+        uint32_t what[kStepsTogether];
+#pragma unroll
+        for (uint32_t i = 0; i < kStepsTogether; ++i) what[i] = load_shared4(to + i * kStepBytes + kStepB + kStepS);
+#pragma unroll
+        for (uint32_t i = 0; i < kStepsTogether; ++i) multiply_step<T>(to + i * kStepBytes, product[i]);
+        if (what[0] == 0) break;
+#pragma unroll
+        for (uint32_t i = 0; i < kStepsTogether; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) value[j] += product[i][j];
+            if (what[i] & Steps::kLast) {
+                add_rows(share, value, what[i] & 0xffff, what[i] >> 16 & 255, what[i] & Steps::kRepeats);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) value[j] = 0.0f;
+            }
         }
         __syncwarp();
     }

@@ -11,8 +11,8 @@ const MOST_ROWS: u64 = 16;
 /// (Token, expert) pairs up to which they are faster, by the largest rank that is configured: see docs/kernels.md.
 const fn most_pairs(max_rank: u32) -> u64 {
     match max_rank {
-        0 => 512,
-        1..=32 => 128,
+        0..=32 => 512,
+        33..=64 => 128,
         _ => 32,
     }
 }
