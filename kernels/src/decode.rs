@@ -25,6 +25,9 @@ const TOKEN_BYTES: u32 = 128;
 /// What a block of Hopper can have.
 pub(crate) const MOST_SHARED: u32 = 227 * 1024;
 
+/// What a block can have while 60 KB are left to L1, not 28.
+const LARGER_L1: u32 = 195 * 1024;
+
 /// A ring of stages in shared memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Ring {
@@ -100,7 +103,12 @@ impl DecodePlan {
         };
         // With slots or without, the same batches have a plan.
         let with_lora = [16, 8, 4].map(|lora_steps| Self { lora_steps, ..plan }.filled(sizes));
-        let lora = with_lora.iter().flatten().max_by_key(|plan| (plan.down.stages, plan.lora_steps));
+        // Long rows of A stay long under way: they want a larger L1, which is what shared memory leaves.
+        let calm = |plan: &Self| {
+            let shared = plan.down_shared(sizes.num_tokens, sizes.top_k, plan.down.stages);
+            sizes.intermediate_size <= 2048 || shared <= LARGER_L1
+        };
+        let lora = with_lora.iter().flatten().max_by_key(|plan| (plan.down.stages, calm(plan), plan.lora_steps));
         if sizes.num_slots > 0 { lora.copied() } else { lora.and_then(|_| plan.filled(sizes)) }
     }
 
