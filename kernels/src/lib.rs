@@ -28,7 +28,7 @@ pub use decode::{BatchSizes, DecodeAlignParams, DecodeDownParams, DecodeGateUpPa
 pub use launch::{Launch, RouteBounds};
 pub use params::{
     AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams,
-    PrefillDownParams, PrefillGateUpParams, ReadParams, ShrinkParams, TensorMap, TopkParams,
+    PrefillDownParams, PrefillGateUpParams, PrefillShrinkParams, ReadParams, ShrinkParams, TensorMap, TopkParams,
 };
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
@@ -58,6 +58,8 @@ pub enum Family {
     Measure,
     /// How fast the tensor cores multiply.
     Peak,
+    /// The narrow half of LoRA where there are many rows, on Hopper.
+    PrefillShrink,
     /// Gate and up where experts have many rows, on Hopper.
     PrefillGateUp,
     /// Down likewise.
@@ -72,7 +74,7 @@ pub enum Family {
 
 impl Family {
     /// All families, in the order of use; those for Hopper alone come last.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Route,
         Self::Shrink,
         Self::GateUp,
@@ -80,6 +82,7 @@ impl Family {
         Self::Combine,
         Self::Measure,
         Self::Peak,
+        Self::PrefillShrink,
         Self::PrefillGateUp,
         Self::PrefillDown,
         Self::DecodeRoute,
@@ -92,7 +95,12 @@ impl Family {
     pub const fn hopper(self) -> bool {
         matches!(
             self,
-            Self::PrefillGateUp | Self::PrefillDown | Self::DecodeRoute | Self::DecodeGateUp | Self::DecodeDown
+            Self::PrefillShrink
+                | Self::PrefillGateUp
+                | Self::PrefillDown
+                | Self::DecodeRoute
+                | Self::DecodeGateUp
+                | Self::DecodeDown
         )
     }
 
@@ -107,6 +115,7 @@ impl Family {
             Self::Combine => "combine",
             Self::Measure => "measure",
             Self::Peak => "peak",
+            Self::PrefillShrink => "prefill_shrink",
             Self::PrefillGateUp => "prefill_gate_up",
             Self::PrefillDown => "prefill_down",
             Self::DecodeRoute => "decode_route",
@@ -126,6 +135,7 @@ impl Family {
             Self::Combine => include_bytes!(concat!(env!("OUT_DIR"), "/combine.fatbin")),
             Self::Measure => include_bytes!(concat!(env!("OUT_DIR"), "/measure.fatbin")),
             Self::Peak => include_bytes!(concat!(env!("OUT_DIR"), "/peak.fatbin")),
+            Self::PrefillShrink => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_shrink.fatbin")),
             Self::PrefillGateUp => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_gate_up.fatbin")),
             Self::PrefillDown => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_down.fatbin")),
             Self::DecodeRoute => include_bytes!(concat!(env!("OUT_DIR"), "/decode_route.fatbin")),
@@ -181,11 +191,13 @@ pub enum Kernel {
     DecodeGateUp(Format),
     /// `moe_lora_decode_down_*`.
     DecodeDown(Format),
+    /// `moe_lora_prefill_shrink_*`.
+    PrefillShrink(Format),
 }
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 26] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -210,6 +222,8 @@ impl Kernel {
         Self::DecodeGateUp(Format::F16),
         Self::DecodeDown(Format::Bf16),
         Self::DecodeDown(Format::F16),
+        Self::PrefillShrink(Format::Bf16),
+        Self::PrefillShrink(Format::F16),
     ];
 
     /// Its place in [`ALL`](Self::ALL).
@@ -234,6 +248,7 @@ impl Kernel {
             Self::DecodeAlign => 19,
             Self::DecodeGateUp(format) => 20 + second(format),
             Self::DecodeDown(format) => 22 + second(format),
+            Self::PrefillShrink(format) => 24 + second(format),
         }
     }
 
@@ -253,6 +268,7 @@ impl Kernel {
             Self::DecodeAlign => Family::DecodeRoute,
             Self::DecodeGateUp(_) => Family::DecodeGateUp,
             Self::DecodeDown(_) => Family::DecodeDown,
+            Self::PrefillShrink(_) => Family::PrefillShrink,
         }
     }
 
@@ -284,6 +300,8 @@ impl Kernel {
             Self::DecodeGateUp(Format::F16) => "moe_lora_decode_gate_up_f16",
             Self::DecodeDown(Format::Bf16) => "moe_lora_decode_down_bf16",
             Self::DecodeDown(Format::F16) => "moe_lora_decode_down_f16",
+            Self::PrefillShrink(Format::Bf16) => "moe_lora_prefill_shrink_bf16",
+            Self::PrefillShrink(Format::F16) => "moe_lora_prefill_shrink_f16",
         }
     }
 
@@ -297,6 +315,7 @@ impl Kernel {
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
             Self::Combine(_) | Self::Noise(_) | Self::Read => 0,
             Self::Peak => launch::PEAK_SHARED,
+            Self::PrefillShrink(_) => launch::PIECES_SHARED,
             Self::PrefillGateUp(_) | Self::PrefillDown(_) => launch::GROUPED_SHARED,
             Self::DecodeAlign => decode::align_shared(launch::MOST_EXPERTS, 32),
             Self::DecodeGateUp(_) | Self::DecodeDown(_) => decode::MOST_SHARED,

@@ -9,7 +9,7 @@ use moe_lora_core::{InputError, LayerShape};
 use moe_lora_cuda::{Gpu, GpuError, Stream, prefill_down, prefill_gate_up};
 use moe_lora_kernels::{
     AlignParams, CombineParams, DecodePlan, DownParams, Format, GateUpParams, KernelParams, Launch,
-    PrefillGateUpParams, RouteCounts, ShrinkParams,
+    PrefillGateUpParams, PrefillShrinkParams, RouteCounts, ShrinkParams,
 };
 
 /// Bytes of workspace that suffice for every [`forward`] on `gpu` of a layer of these sizes with up to `max_tokens` tokens
@@ -96,7 +96,12 @@ impl Call<'_> {
         self.give(&align, launch)?;
         if lora {
             let shrink = self.shrink_gate_up();
-            self.give(&shrink, shrink.launch(bounds, sm_count))?;
+            if self.prefill && prefill::many_pairs(bounds.pairs) {
+                let shrink = PrefillShrinkParams::new(&shrink, self.at(self.workspace.segments));
+                self.give(&shrink, shrink.launch(sm_count))?;
+            } else {
+                self.give(&shrink, shrink.launch(bounds, sm_count))?;
+            }
         }
         let gate_up = self.gate_up();
         if self.prefill {

@@ -8,12 +8,19 @@ use moe_lora_kernels::{Format, Kernel};
 const LEAST_ROWS: u64 = 24;
 /// Rows times numbers of an expert matrix: the smallest batch measured has twice this. Less is done in microseconds either way.
 const LEAST_WORK: u64 = 1 << 30;
+/// (token, expert) pairs from which the shrink of Hopper is faster for gate and up, whose rows are gathered.
+const LEAST_PAIRS: u64 = 1 << 14;
 
 /// Whether the batch takes this path: a function of sizes, activation, layout and GPU, never of routing or adapters.
 pub(super) fn suits(gpu: &Gpu, format: Format, args: &ForwardArgs) -> bool {
     let loaded = gpu.kernels().function(Kernel::PrefillGateUp(format)).is_some();
     let matrix = u64::from(args.hidden_size) * u64::from(args.intermediate_size);
     loaded && fits(args) && many_rows(args.num_tokens, args.top_k, args.num_experts, matrix)
+}
+
+/// Whether such a batch shrinks for gate and up by segments, one block an SM, and not by chunks.
+pub(super) const fn many_pairs(pairs: u64) -> bool {
+    pairs >= LEAST_PAIRS
 }
 
 /// What the kernels can compute: the activations they know, and up behind gate, as one tensor map reaches both.
