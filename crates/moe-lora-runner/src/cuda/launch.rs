@@ -1,14 +1,14 @@
 //! The launches of one layer, from the raw door's struct.
 #![allow(unsafe_code, reason = "kernels check nothing; why each launch is sound is said where it is")]
 
+use super::path::{Kernels, Path};
 use super::raw::{DTYPE_F16, DTYPE_F32, ForwardArgs, check_sizes};
 use super::workspace::Workspace;
-use super::{decode, prefill};
 use crate::RunnerError;
 use moe_lora_core::{InputError, LayerShape};
 use moe_lora_cuda::{Gpu, GpuError, Stream, prefill_down, prefill_gate_up};
 use moe_lora_kernels::{
-    AlignParams, CombineParams, DecodePlan, DownParams, Format, GateUpParams, KernelParams, Launch,
+    AlignParams, ClusterAlignParams, CombineParams, DownParams, Format, GateUpParams, KernelParams, Launch,
     PrefillGateUpParams, PrefillShrinkParams, RouteCounts, ShrinkParams,
 };
 
@@ -42,6 +42,18 @@ pub fn workspace_bytes(
 /// token's slot and expert select must be of a rank up to `args.max_rank`, with matrices for these sizes in `args.dtype`.
 /// `args.stream` must be a stream of `gpu`'s primary context. A captured forward promises the same for every replay.
 pub unsafe fn forward(gpu: &Gpu, args: &ForwardArgs) -> Result<(), RunnerError> {
+    // SAFETY: the caller's promise.
+    unsafe { forward_on(gpu, args, None) }
+}
+
+/// [`forward`] on a path of the caller's choice, for tests and benchmarks; `None` takes the fastest one.
+///
+/// # Errors
+/// As [`forward`], and if the path cannot run this batch on this GPU.
+///
+/// # Safety
+/// As [`forward`].
+pub unsafe fn forward_on(gpu: &Gpu, args: &ForwardArgs, path: Option<Path>) -> Result<(), RunnerError> {
     let shape = args.check()?;
     let (tokens, slots) = (args.num_tokens as usize, args.num_slots as usize);
     let max_rank = (args.max_rank as usize).next_multiple_of(8);
@@ -52,11 +64,23 @@ pub unsafe fn forward(gpu: &Gpu, args: &ForwardArgs) -> Result<(), RunnerError> 
     }
     // SAFETY: the caller's promise; the borrowed handle is dropped before this returns.
     let stream = unsafe { gpu.borrow_stream(args.stream as usize as _) };
-    let format = if args.dtype == DTYPE_F16 { Format::F16 } else { Format::Bf16 };
-    let prefill = prefill::suits(gpu, format, args);
-    let decode = decode::plan(gpu, format, args);
-    let call = Call { gpu, stream, args, workspace, max_rank: max_rank as u32, format, decode, prefill };
+    let format = format(args);
+    let kernels = Kernels::of(gpu, format, args, path)?;
+    let call = Call { gpu, stream, args, workspace, max_rank: max_rank as u32, format, kernels };
     Ok(call.launch()?)
+}
+
+/// The path that [`forward_on`] takes: for `None` the one that was seen to be fastest for such sizes on such a GPU.
+///
+/// # Errors
+/// As [`forward_on`].
+pub fn path(gpu: &Gpu, args: &ForwardArgs, path: Option<Path>) -> Result<Path, InputError> {
+    args.check()?;
+    Ok(Kernels::of(gpu, format(args), args, path)?.path())
+}
+
+const fn format(args: &ForwardArgs) -> Format {
+    if args.dtype == DTYPE_F16 { Format::F16 } else { Format::Bf16 }
 }
 
 /// A forward that was checked.
@@ -68,10 +92,7 @@ pub(super) struct Call<'a> {
     /// A multiple of 8.
     max_rank: u32,
     pub(super) format: Format,
-    /// The launches for few tokens, not those of every GPU.
-    decode: Option<DecodePlan>,
-    /// Hopper's products for many rows, not the portable ones.
-    prefill: bool,
+    kernels: Kernels,
 }
 
 impl Call<'_> {
@@ -83,20 +104,16 @@ impl Call<'_> {
                 counts => self.zero(counts, size_of::<RouteCounts>()),
             };
         }
-        if let Some(plan) = &self.decode {
+        if let Kernels::Decode(plan) = &self.kernels {
             return self.launch_decode(plan);
         }
+        let prefill = self.prefill();
         let (sm_count, bounds) = (self.gpu.info().sm_count, &self.workspace.bounds);
         let lora = self.args.num_slots > 0;
-        let align = self.align();
-        let launch = align.launch(sm_count);
-        if launch.cooperative {
-            self.zero(align.barrier, size_of::<u32>())?;
-        }
-        self.give(&align, launch)?;
+        self.launch_align()?;
         if lora {
             let shrink = self.shrink_gate_up();
-            if self.prefill && prefill::many_pairs(bounds.pairs) {
+            if prefill && prefill::many_pairs(bounds.pairs) {
                 let shrink = PrefillShrinkParams::new(&shrink, self.at(self.workspace.segments));
                 self.give(&shrink, shrink.launch(sm_count))?;
             } else {
@@ -104,7 +121,7 @@ impl Call<'_> {
             }
         }
         let gate_up = self.gate_up();
-        if self.prefill {
+        if prefill {
             let gate_up = prefill_gate_up(self.format, gate_up)?;
             self.give(&gate_up, gate_up.launch(sm_count))?;
         } else {
@@ -115,7 +132,7 @@ impl Call<'_> {
             self.give(&shrink, shrink.launch(bounds, sm_count))?;
         }
         let down = self.down();
-        if self.prefill {
+        if prefill {
             let down = prefill_down(self.format, down)?;
             self.give(&down, down.launch(sm_count))?;
         } else {
@@ -123,6 +140,22 @@ impl Call<'_> {
         }
         let combine = self.combine();
         self.give(&combine, combine.launch())
+    }
+
+    /// By one cluster on Hopper, if the batch fits into its shared memory, else by as many blocks as it needs.
+    fn launch_align(&self) -> Result<(), GpuError> {
+        let read = self.args.weigh_input == 1;
+        let align =
+            AlignParams { row_weight: if read { self.at(self.workspace.row_weight) } else { 0 }, ..self.align() };
+        let (cluster, most_blocks) = (ClusterAlignParams(align), self.gpu.kernels().align_cluster());
+        if let Some(launch) = cluster.launch(most_blocks).filter(|_| most_blocks > 0) {
+            return self.give(&cluster, launch);
+        }
+        let launch = align.launch(self.gpu.info().sm_count);
+        if launch.cooperative {
+            self.zero(align.barrier, size_of::<u32>())?;
+        }
+        self.give(&align, launch)
     }
 
     pub(super) fn give<P: KernelParams>(&self, params: &P, launch: Launch) -> Result<(), GpuError> {
@@ -138,6 +171,11 @@ impl Call<'_> {
 
     pub(super) const fn at(&self, offset: usize) -> u64 {
         self.args.workspace + offset as u64
+    }
+
+    /// Whether Hopper's products for many rows run, and not the portable ones.
+    const fn prefill(&self) -> bool {
+        matches!(self.kernels, Kernels::Prefill)
     }
 
     const fn adapters(&self) -> u64 {
@@ -169,7 +207,7 @@ impl Call<'_> {
             top_k: args.top_k,
             num_experts: args.num_experts,
             num_slots: args.num_slots,
-            tile_rows: if self.prefill { PrefillGateUpParams::TILE_ROWS } else { 0 },
+            tile_rows: if self.prefill() { PrefillGateUpParams::TILE_ROWS } else { 0 },
             reserved: 0,
         }
     }
@@ -184,7 +222,7 @@ impl Call<'_> {
             num_experts: self.args.num_experts,
             max_rank: self.max_rank,
             shrunk_stride: 2 * self.max_rank,
-            octets: u32::from(self.prefill),
+            octets: self.prefill() as u32,
             ..Default::default()
         }
     }
