@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "kernels check nothing; why each launch is sound is said where it is")]
 
 use super::path::{Kernels, Path};
+use super::prefill;
 use super::raw::{DTYPE_F16, DTYPE_F32, ForwardArgs, check_sizes};
 use super::workspace::Workspace;
 use crate::RunnerError;
