@@ -250,12 +250,12 @@ __device__ __forceinline__ void multiply_piece(const PrefillShrinkParams& p, Pie
         }
         wgmma_commit();
         wgmma_wait<1>();
-        if (k != 0 && threadIdx.x % 128 == 0) mbarrier_arrive(shared_address(&shared.empty[before]));
+        if (k != 0 && threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&shared.empty[before]));
         before = at.slot;
         at.advance(ring.stages);
     }
     wgmma_wait<0>();
-    if (threadIdx.x % 128 == 0) mbarrier_arrive(shared_address(&shared.empty[before]));
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&shared.empty[before]));
 
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
 #pragma unroll
@@ -319,7 +319,7 @@ __device__ __forceinline__ void prefill_shrink_kernel(const PrefillShrinkParams&
         }
         for (int i = 0; i < kPiecesStages; ++i) {
             mbarrier_init(shared_address(&shared.full[i]), kCopyWarps * 32);
-            mbarrier_init(shared_address(&shared.empty[i]), 2);
+            mbarrier_init(shared_address(&shared.empty[i]), 8);  // warps: those of a warpgroup without a tile run apart
         }
         fence_mbarrier_init();
     }
