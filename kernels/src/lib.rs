@@ -7,7 +7,8 @@
 //! packaged images.
 //!
 //! One layer is, in this order: [`AlignParams`] (after [`TopkParams`], if the experts are chosen here), [`ShrinkParams`] for
-//! gate and up, [`GateUpParams`], [`ShrinkParams`] for down, [`DownParams`], [`CombineParams`].
+//! gate and up, [`GateUpParams`], [`ShrinkParams`] for down, [`DownParams`], [`CombineParams`]. [`ClusterAlignParams`] makes what
+//! [`AlignParams`] makes, on Hopper, where the batch fits.
 //!
 //! # Example
 //!
@@ -30,7 +31,7 @@ pub use decode::{BatchSizes, DecodeAlignParams, DecodeDownParams, DecodeGateUpPa
 pub use launch::{Launch, RouteBounds};
 pub use params::{
     AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams,
-    PrefillDownParams, PrefillGateUpParams, ReadParams, ShrinkParams, TensorMap, TopkParams,
+    PrefillDownParams, PrefillGateUpParams, PrefillShrinkParams, ReadParams, ShrinkParams, TensorMap, TopkParams,
 };
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
@@ -60,6 +61,8 @@ pub enum Family {
     Measure,
     /// How fast the tensor cores multiply.
     Peak,
+    /// The narrow half of LoRA where there are many rows, on Hopper.
+    PrefillShrink,
     /// Gate and up where experts have many rows, on Hopper.
     PrefillGateUp,
     /// Down likewise.
@@ -76,7 +79,7 @@ pub enum Family {
 
 impl Family {
     /// All families, in the order of use; those for Hopper alone come last.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Route,
         Self::Shrink,
         Self::GateUp,
@@ -84,6 +87,7 @@ impl Family {
         Self::Combine,
         Self::Measure,
         Self::Peak,
+        Self::PrefillShrink,
         Self::PrefillGateUp,
         Self::PrefillDown,
         Self::ClusterRoute,
@@ -97,7 +101,8 @@ impl Family {
     pub const fn hopper(self) -> bool {
         matches!(
             self,
-            Self::PrefillGateUp
+            Self::PrefillShrink
+                | Self::PrefillGateUp
                 | Self::PrefillDown
                 | Self::ClusterRoute
                 | Self::DecodeRoute
@@ -117,6 +122,7 @@ impl Family {
             Self::Combine => "combine",
             Self::Measure => "measure",
             Self::Peak => "peak",
+            Self::PrefillShrink => "prefill_shrink",
             Self::PrefillGateUp => "prefill_gate_up",
             Self::PrefillDown => "prefill_down",
             Self::ClusterRoute => "cluster_route",
@@ -137,6 +143,7 @@ impl Family {
             Self::Combine => include_bytes!(concat!(env!("OUT_DIR"), "/combine.fatbin")),
             Self::Measure => include_bytes!(concat!(env!("OUT_DIR"), "/measure.fatbin")),
             Self::Peak => include_bytes!(concat!(env!("OUT_DIR"), "/peak.fatbin")),
+            Self::PrefillShrink => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_shrink.fatbin")),
             Self::PrefillGateUp => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_gate_up.fatbin")),
             Self::PrefillDown => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_down.fatbin")),
             Self::ClusterRoute => include_bytes!(concat!(env!("OUT_DIR"), "/cluster_route.fatbin")),
@@ -195,11 +202,13 @@ pub enum Kernel {
     DecodeGateUp(Format),
     /// `moe_lora_decode_down_*`.
     DecodeDown(Format),
+    /// `moe_lora_prefill_shrink_*`.
+    PrefillShrink(Format),
 }
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 27] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -225,6 +234,8 @@ impl Kernel {
         Self::DecodeGateUp(Format::F16),
         Self::DecodeDown(Format::Bf16),
         Self::DecodeDown(Format::F16),
+        Self::PrefillShrink(Format::Bf16),
+        Self::PrefillShrink(Format::F16),
     ];
 
     /// Its place in [`ALL`](Self::ALL).
@@ -250,6 +261,7 @@ impl Kernel {
             Self::DecodeAlign => 20,
             Self::DecodeGateUp(format) => 21 + second(format),
             Self::DecodeDown(format) => 23 + second(format),
+            Self::PrefillShrink(format) => 25 + second(format),
         }
     }
 
@@ -270,6 +282,7 @@ impl Kernel {
             Self::DecodeAlign => Family::DecodeRoute,
             Self::DecodeGateUp(_) => Family::DecodeGateUp,
             Self::DecodeDown(_) => Family::DecodeDown,
+            Self::PrefillShrink(_) => Family::PrefillShrink,
         }
     }
 
@@ -302,6 +315,8 @@ impl Kernel {
             Self::DecodeGateUp(Format::F16) => "moe_lora_decode_gate_up_f16",
             Self::DecodeDown(Format::Bf16) => "moe_lora_decode_down_bf16",
             Self::DecodeDown(Format::F16) => "moe_lora_decode_down_f16",
+            Self::PrefillShrink(Format::Bf16) => "moe_lora_prefill_shrink_bf16",
+            Self::PrefillShrink(Format::F16) => "moe_lora_prefill_shrink_f16",
         }
     }
 
@@ -315,6 +330,7 @@ impl Kernel {
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
             Self::Combine(_) | Self::Noise(_) | Self::Read => 0,
             Self::Peak => launch::PEAK_SHARED,
+            Self::PrefillShrink(_) => launch::PIECES_SHARED,
             Self::PrefillGateUp(_) | Self::PrefillDown(_) => launch::GROUPED_SHARED,
             Self::DecodeAlign => decode::align_shared(launch::MOST_EXPERTS, 32),
             Self::ClusterAlign | Self::DecodeGateUp(_) | Self::DecodeDown(_) => decode::MOST_SHARED,

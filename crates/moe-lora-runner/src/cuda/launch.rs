@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "kernels check nothing; why each launch is sound is said where it is")]
 
 use super::path::{Kernels, Path};
+use super::prefill;
 use super::raw::{DTYPE_F16, DTYPE_F32, ForwardArgs, check_sizes};
 use super::workspace::Workspace;
 use crate::RunnerError;
@@ -9,7 +10,7 @@ use moe_lora_core::{InputError, LayerShape};
 use moe_lora_cuda::{Gpu, GpuError, Stream, prefill_down, prefill_gate_up};
 use moe_lora_kernels::{
     AlignParams, ClusterAlignParams, CombineParams, DownParams, Format, GateUpParams, KernelParams, Launch,
-    PrefillGateUpParams, RouteCounts, ShrinkParams,
+    PrefillGateUpParams, PrefillShrinkParams, RouteCounts, ShrinkParams,
 };
 
 /// Bytes of workspace that suffice for every [`forward`] on `gpu` of a layer of these sizes with up to `max_tokens` tokens
@@ -113,7 +114,12 @@ impl Call<'_> {
         self.launch_align()?;
         if lora {
             let shrink = self.shrink_gate_up();
-            self.give(&shrink, shrink.launch(bounds, sm_count))?;
+            if prefill && prefill::many_pairs(bounds.pairs) {
+                let shrink = PrefillShrinkParams::new(&shrink, self.at(self.workspace.segments));
+                self.give(&shrink, shrink.launch(sm_count))?;
+            } else {
+                self.give(&shrink, shrink.launch(bounds, sm_count))?;
+            }
         }
         let gate_up = self.gate_up();
         if prefill {
@@ -171,6 +177,11 @@ impl Call<'_> {
     /// Whether Hopper's products for many rows run, and not the portable ones.
     const fn prefill(&self) -> bool {
         matches!(self.kernels, Kernels::Prefill)
+    }
+
+    /// Whether expert outputs stay f32 until the sum. Where products are many they would cost 3 % of the layer's time.
+    const fn rows_f32(&self) -> bool {
+        self.workspace.rows_f32 && !self.prefill()
     }
 
     const fn adapters(&self) -> u64 {
@@ -293,7 +304,7 @@ impl Call<'_> {
             hidden_size: args.hidden_size,
             intermediate_size: args.intermediate_size,
             shrunk_stride: 2 * self.max_rank,
-            rows_f32: u32::from(places.rows_f32),
+            rows_f32: u32::from(self.rows_f32()),
         }
     }
 
@@ -307,7 +318,7 @@ impl Call<'_> {
             num_tokens: args.num_tokens,
             top_k: args.top_k,
             hidden_size: args.hidden_size,
-            rows_f32: u32::from(places.rows_f32),
+            rows_f32: u32::from(self.rows_f32()),
             out_f32: u32::from(args.out_dtype == DTYPE_F32),
             scaling: args.scaling,
         }
