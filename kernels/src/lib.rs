@@ -7,7 +7,8 @@
 //! packaged images.
 //!
 //! One layer is, in this order: [`AlignParams`] (after [`TopkParams`], if the experts are chosen here), [`ShrinkParams`] for
-//! gate and up, [`GateUpParams`], [`ShrinkParams`] for down, [`DownParams`], [`CombineParams`].
+//! gate and up, [`GateUpParams`], [`ShrinkParams`] for down, [`DownParams`], [`CombineParams`]. [`ClusterAlignParams`] makes what
+//! [`AlignParams`] makes, on Hopper, where the batch fits.
 //!
 //! # Example
 //!
@@ -21,16 +22,18 @@
 
 mod cluster_route;
 mod decode;
+mod decode_layer;
 mod launch;
 pub mod params;
 mod records;
 
 pub use cluster_route::ClusterAlignParams;
 pub use decode::{BatchSizes, DecodeAlignParams, DecodeDownParams, DecodeGateUpParams, DecodePlan, Ring};
+pub use decode_layer::{DecodeClearParams, DecodeLayerParams, LayerPlan};
 pub use launch::{Launch, RouteBounds};
 pub use params::{
     AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams,
-    PrefillDownParams, PrefillGateUpParams, ReadParams, ShrinkParams, TensorMap, TopkParams,
+    PrefillDownParams, PrefillGateUpParams, PrefillShrinkParams, ReadParams, ShrinkParams, TensorMap, TopkParams,
 };
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
@@ -60,6 +63,8 @@ pub enum Family {
     Measure,
     /// How fast the tensor cores multiply.
     Peak,
+    /// The narrow half of LoRA where there are many rows, on Hopper.
+    PrefillShrink,
     /// Gate and up where experts have many rows, on Hopper.
     PrefillGateUp,
     /// Down likewise.
@@ -72,11 +77,13 @@ pub enum Family {
     DecodeGateUp,
     /// Shrink, down and the sum over experts likewise.
     DecodeDown,
+    /// A whole layer for very few tokens, likewise.
+    DecodeLayer,
 }
 
 impl Family {
     /// All families, in the order of use; those for Hopper alone come last.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::Route,
         Self::Shrink,
         Self::GateUp,
@@ -84,12 +91,14 @@ impl Family {
         Self::Combine,
         Self::Measure,
         Self::Peak,
+        Self::PrefillShrink,
         Self::PrefillGateUp,
         Self::PrefillDown,
         Self::ClusterRoute,
         Self::DecodeRoute,
         Self::DecodeGateUp,
         Self::DecodeDown,
+        Self::DecodeLayer,
     ];
 
     /// Whether its image is for compute capability 9.0 alone.
@@ -97,12 +106,14 @@ impl Family {
     pub const fn hopper(self) -> bool {
         matches!(
             self,
-            Self::PrefillGateUp
+            Self::PrefillShrink
+                | Self::PrefillGateUp
                 | Self::PrefillDown
                 | Self::ClusterRoute
                 | Self::DecodeRoute
                 | Self::DecodeGateUp
                 | Self::DecodeDown
+                | Self::DecodeLayer
         )
     }
 
@@ -117,12 +128,14 @@ impl Family {
             Self::Combine => "combine",
             Self::Measure => "measure",
             Self::Peak => "peak",
+            Self::PrefillShrink => "prefill_shrink",
             Self::PrefillGateUp => "prefill_gate_up",
             Self::PrefillDown => "prefill_down",
             Self::ClusterRoute => "cluster_route",
             Self::DecodeRoute => "decode_route",
             Self::DecodeGateUp => "decode_gate_up",
             Self::DecodeDown => "decode_down",
+            Self::DecodeLayer => "decode_layer",
         }
     }
 
@@ -137,12 +150,14 @@ impl Family {
             Self::Combine => include_bytes!(concat!(env!("OUT_DIR"), "/combine.fatbin")),
             Self::Measure => include_bytes!(concat!(env!("OUT_DIR"), "/measure.fatbin")),
             Self::Peak => include_bytes!(concat!(env!("OUT_DIR"), "/peak.fatbin")),
+            Self::PrefillShrink => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_shrink.fatbin")),
             Self::PrefillGateUp => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_gate_up.fatbin")),
             Self::PrefillDown => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_down.fatbin")),
             Self::ClusterRoute => include_bytes!(concat!(env!("OUT_DIR"), "/cluster_route.fatbin")),
             Self::DecodeRoute => include_bytes!(concat!(env!("OUT_DIR"), "/decode_route.fatbin")),
             Self::DecodeGateUp => include_bytes!(concat!(env!("OUT_DIR"), "/decode_gate_up.fatbin")),
             Self::DecodeDown => include_bytes!(concat!(env!("OUT_DIR"), "/decode_down.fatbin")),
+            Self::DecodeLayer => include_bytes!(concat!(env!("OUT_DIR"), "/decode_layer.fatbin")),
         }
     }
 }
@@ -195,11 +210,17 @@ pub enum Kernel {
     DecodeGateUp(Format),
     /// `moe_lora_decode_down_*`.
     DecodeDown(Format),
+    /// `moe_lora_decode_layer_*`.
+    DecodeLayer(Format),
+    /// `moe_lora_decode_clear`.
+    DecodeClear,
+    /// `moe_lora_prefill_shrink_*`.
+    PrefillShrink(Format),
 }
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 30] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -225,6 +246,11 @@ impl Kernel {
         Self::DecodeGateUp(Format::F16),
         Self::DecodeDown(Format::Bf16),
         Self::DecodeDown(Format::F16),
+        Self::DecodeLayer(Format::Bf16),
+        Self::DecodeLayer(Format::F16),
+        Self::DecodeClear,
+        Self::PrefillShrink(Format::Bf16),
+        Self::PrefillShrink(Format::F16),
     ];
 
     /// Its place in [`ALL`](Self::ALL).
@@ -250,6 +276,9 @@ impl Kernel {
             Self::DecodeAlign => 20,
             Self::DecodeGateUp(format) => 21 + second(format),
             Self::DecodeDown(format) => 23 + second(format),
+            Self::DecodeLayer(format) => 25 + second(format),
+            Self::DecodeClear => 27,
+            Self::PrefillShrink(format) => 28 + second(format),
         }
     }
 
@@ -270,6 +299,8 @@ impl Kernel {
             Self::DecodeAlign => Family::DecodeRoute,
             Self::DecodeGateUp(_) => Family::DecodeGateUp,
             Self::DecodeDown(_) => Family::DecodeDown,
+            Self::DecodeLayer(_) | Self::DecodeClear => Family::DecodeLayer,
+            Self::PrefillShrink(_) => Family::PrefillShrink,
         }
     }
 
@@ -302,6 +333,11 @@ impl Kernel {
             Self::DecodeGateUp(Format::F16) => "moe_lora_decode_gate_up_f16",
             Self::DecodeDown(Format::Bf16) => "moe_lora_decode_down_bf16",
             Self::DecodeDown(Format::F16) => "moe_lora_decode_down_f16",
+            Self::DecodeLayer(Format::Bf16) => "moe_lora_decode_layer_bf16",
+            Self::DecodeLayer(Format::F16) => "moe_lora_decode_layer_f16",
+            Self::DecodeClear => "moe_lora_decode_clear",
+            Self::PrefillShrink(Format::Bf16) => "moe_lora_prefill_shrink_bf16",
+            Self::PrefillShrink(Format::F16) => "moe_lora_prefill_shrink_f16",
         }
     }
 
@@ -315,9 +351,13 @@ impl Kernel {
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
             Self::Combine(_) | Self::Noise(_) | Self::Read => 0,
             Self::Peak => launch::PEAK_SHARED,
+            Self::PrefillShrink(_) => launch::PIECES_SHARED,
             Self::PrefillGateUp(_) | Self::PrefillDown(_) => launch::GROUPED_SHARED,
             Self::DecodeAlign => decode::align_shared(launch::MOST_EXPERTS, 32),
-            Self::ClusterAlign | Self::DecodeGateUp(_) | Self::DecodeDown(_) => decode::MOST_SHARED,
+            Self::ClusterAlign | Self::DecodeGateUp(_) | Self::DecodeDown(_) | Self::DecodeLayer(_) => {
+                decode::MOST_SHARED
+            }
+            Self::DecodeClear => 0,
         }
     }
 }

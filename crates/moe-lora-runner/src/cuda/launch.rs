@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "kernels check nothing; why each launch is sound is said where it is")]
 
 use super::path::{Kernels, Path};
+use super::prefill;
 use super::raw::{DTYPE_F16, DTYPE_F32, ForwardArgs, check_sizes};
 use super::workspace::Workspace;
 use crate::RunnerError;
@@ -9,7 +10,7 @@ use moe_lora_core::{InputError, LayerShape};
 use moe_lora_cuda::{Gpu, GpuError, Stream, prefill_down, prefill_gate_up};
 use moe_lora_kernels::{
     AlignParams, ClusterAlignParams, CombineParams, DownParams, Format, GateUpParams, KernelParams, Launch,
-    PrefillGateUpParams, RouteCounts, ShrinkParams,
+    PrefillGateUpParams, PrefillShrinkParams, RouteCounts, ShrinkParams,
 };
 
 /// Bytes of workspace that suffice for every [`forward`] on `gpu` of a layer of these sizes with up to `max_tokens` tokens
@@ -29,7 +30,8 @@ pub fn workspace_bytes(
     Ok(Workspace::new(shape, gpu.info().sm_count, max_tokens, max_slots, max_rank).bytes)
 }
 
-/// Gives one layer to `args.stream`: six launches, four for no slots, three for few tokens on Hopper. Nothing is allocated, nothing waits, and the stream may
+/// Gives one layer to `args.stream`: six launches, four for no slots, on Hopper three for few tokens and two for
+/// up to 16. Nothing is allocated, nothing waits, and the stream may
 /// be in capture.
 ///
 /// # Errors
@@ -104,6 +106,9 @@ impl Call<'_> {
                 counts => self.zero(counts, size_of::<RouteCounts>()),
             };
         }
+        if let Kernels::Layer(plan) = &self.kernels {
+            return self.launch_layer(plan);
+        }
         if let Kernels::Decode(plan) = &self.kernels {
             return self.launch_decode(plan);
         }
@@ -113,7 +118,12 @@ impl Call<'_> {
         self.launch_align()?;
         if lora {
             let shrink = self.shrink_gate_up();
-            self.give(&shrink, shrink.launch(bounds, sm_count))?;
+            if prefill && prefill::many_pairs(bounds.pairs) {
+                let shrink = PrefillShrinkParams::new(&shrink, self.at(self.workspace.segments));
+                self.give(&shrink, shrink.launch(sm_count))?;
+            } else {
+                self.give(&shrink, shrink.launch(bounds, sm_count))?;
+            }
         }
         let gate_up = self.gate_up();
         if prefill {
