@@ -42,7 +42,7 @@ struct RouteCounts {
     uint32_t num_segments;
     uint32_t num_tiles;
     uint32_t num_chunks;
-    uint32_t bad_experts;  // ids outside [-1, E), skipped
+    uint32_t bad_experts;  // ids that are no expert of any rank, nor -1: skipped
     uint32_t bad_slots;    // slots outside [-1, L), taken as -1
     uint32_t claimed[2];   // zero: what kernels that share out a list as they go count with (gate_up, down); they leave zero
 };
@@ -90,9 +90,11 @@ struct AlignParams {
     uint32_t num_experts;
     uint32_t num_slots;
     uint32_t tile_rows;  // 0: tiles of kTileRows rows; else an expert's rows in equal tiles of at most this many, a multiple of 16
+    uint32_t first_expert;  // the id of expert 0
+    uint32_t all_experts;   // ids below this that are not in [first_expert, first_expert + E) are like -1: other ranks' experts
     uint32_t reserved;
 };
-static_assert(sizeof(AlignParams) == 136, "AlignParams");
+static_assert(sizeof(AlignParams) == 144, "AlignParams");
 
 // Pairs of every slot by expert, padded to whole blocks. Slots that are disabled or not listed: nothing is written.
 struct AlignBlockParams {

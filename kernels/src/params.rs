@@ -82,7 +82,7 @@ params!(
 
 params!(
     /// Pairs to rows sorted by (expert, slot), and the lists of work. Needs T > 0.
-    AlignParams, 136, |_| Kernel::Align, {
+    AlignParams, 144, |_| Kernel::Align, {
         /// i32 `[T, k]`.
         topk_ids: u64,
         /// f32 `[T, k]`.
@@ -121,6 +121,10 @@ params!(
         num_slots: u32,
         /// 0: row tiles of 128 rows; else an expert's rows in equal tiles of at most this many, a multiple of 16.
         tile_rows: u32,
+        /// The id of expert 0.
+        first_expert: u32,
+        /// Ids below this that are not in `first_expert..first_expert + E` are like -1: other ranks' experts.
+        all_experts: u32,
         /// Zero.
         reserved: u32,
     }

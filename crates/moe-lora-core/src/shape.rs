@@ -14,6 +14,10 @@ pub struct LayerShape {
     pub hidden_size: usize,
     /// Width inside an expert, I.
     pub intermediate_size: usize,
+    /// Experts on the ranks before this one: the id of its first.
+    pub first_expert: usize,
+    /// Experts on all other ranks, whose ids are skipped here.
+    pub other_experts: usize,
 }
 
 impl LayerShape {
@@ -38,7 +42,8 @@ impl LayerShape {
         Ok(shape)
     }
 
-    /// As [`new`](Self::new), for one rank's part of a layer, which may hold fewer experts than a token uses.
+    /// As [`new`](Self::new), for a layer that may hold fewer experts than a token uses, numbered from 0. A rank's part of a
+    /// layer, with its place in it, is a [`Share`](crate::Share)'s.
     ///
     /// # Errors
     /// Names the size that is wrong.
@@ -59,7 +64,13 @@ impl LayerShape {
                 return Err(InputError::new(size.to_string(), format!("1 to {MOST}")).in_tensor(name));
             }
         }
-        Ok(Self { num_experts, top_k, hidden_size, intermediate_size })
+        Ok(Self { num_experts, top_k, hidden_size, intermediate_size, first_expert: 0, other_experts: 0 })
+    }
+
+    /// Experts of all ranks: ids are below.
+    #[must_use]
+    pub const fn all_experts(&self) -> usize {
+        self.num_experts + self.other_experts
     }
 
     /// Numbers in the expert weights: `3 * E * H * I`.

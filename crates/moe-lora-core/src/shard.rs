@@ -33,7 +33,7 @@ pub struct Share {
     pub experts: Range<usize>,
     /// Its part of the intermediate size.
     pub intermediate: Range<usize>,
-    /// Sizes of what it holds. `top_k` stays the model's and may exceed the number of experts here.
+    /// Sizes of what it holds, and which experts. `top_k` stays the model's and may exceed the number of experts here.
     pub shape: LayerShape,
     /// Whether it adds the biases of the down projection, which must enter the sum once.
     pub adds_down_bias: bool,
@@ -133,7 +133,13 @@ impl Shard {
         let experts = part(num_experts, self.ep_rank, self.ep_size);
         let steps = part(intermediate_size / step, self.tp_rank, self.tp_size);
         let intermediate = steps.start * step..steps.end * step;
-        let shape = LayerShape { num_experts: experts.len(), intermediate_size: intermediate.len(), ..*shape };
+        let shape = LayerShape {
+            num_experts: experts.len(),
+            intermediate_size: intermediate.len(),
+            first_expert: experts.start,
+            other_experts: num_experts - experts.len(),
+            ..*shape
+        };
         Ok(Share { experts, intermediate, shape, adds_down_bias: self.tp_rank == 0 })
     }
 }

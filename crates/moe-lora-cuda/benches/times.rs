@@ -109,7 +109,16 @@ fn layer(gpu: &Gpu, stream: &Stream, model: &Model, slots: usize, rank: usize) -
         }
     }
     Ok(Layer {
-        sizes: Sizes { experts, top_k: model.top_k, hidden, intermediate, slots, max_rank: rank },
+        sizes: Sizes {
+            experts,
+            top_k: model.top_k,
+            hidden,
+            intermediate,
+            slots,
+            max_rank: rank,
+            first_expert: 0,
+            all_experts: experts,
+        },
         format: Format::Bf16,
         interleaved: false,
         activation: Activation::Silu,
@@ -148,7 +157,7 @@ fn main() -> Result<(), GpuError> {
 
 fn row(gpu: &Gpu, stream: &Stream, flush: &Flush, model: &Model, layer: &Layer, tokens: usize) -> Result<(), GpuError> {
     let mut rng = Rng::with_seed(9);
-    let Sizes { experts, top_k, hidden, intermediate, slots, max_rank } = layer.sizes;
+    let Sizes { experts, top_k, hidden, intermediate, slots, max_rank, .. } = layer.sizes;
     let batch = Batch::new(gpu, stream, &layer.sizes, tokens)?;
     let mut all: Vec<i32> = (0..experts as i32).collect();
     let mut ids = Vec::new();

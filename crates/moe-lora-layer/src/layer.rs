@@ -164,10 +164,8 @@ impl FusedMoEWithLoRA {
             let (lease, batch) = self.prepare(hidden, routing, tokens, scratch)?;
             return self.stages.forward(&self.weights, batch, (&lease, self.index), out);
         };
-        ranks.forward(out, |communicator, local_ids, sums| {
+        ranks.forward(out, |communicator, sums| {
             let (lease, batch) = self.prepare(hidden, routing, tokens, scratch)?;
-            ranks.localize(batch.topk_ids, local_ids)?;
-            let batch = Batch { topk_ids: local_ids, ..batch };
             match communicator {
                 Some(all) => self.stages.forward_reduced(&self.weights, batch, (&lease, self.index), all, sums),
                 None => self.stages.forward(&self.weights, batch, (&lease, self.index), sums),

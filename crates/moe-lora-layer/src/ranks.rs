@@ -3,22 +3,15 @@
 use crate::LayerError;
 use crate::stages::lock;
 use moe_lora_collective::Communicator;
-use moe_lora_core::{Element, InputError, LayerShape, Shard, Share};
+use moe_lora_core::{Element, InputError, LayerShape, Shard};
 use std::sync::{Arc, Mutex};
 
 #[derive(Debug)]
 pub(crate) struct Ranks {
     whole: LayerShape,
-    share: Share,
     communicator: Option<Arc<dyn Communicator>>,
-    scratch: Mutex<Scratch>,
-}
-
-/// Kept from call to call for its memory.
-#[derive(Debug, Default)]
-struct Scratch {
-    local_ids: Vec<i32>,
-    sums: Vec<f32>,
+    /// Kept from call to call for its memory.
+    sums: Mutex<Vec<f32>>,
 }
 
 impl Ranks {
@@ -40,35 +33,17 @@ impl Ranks {
             let expected = format!("rank {} of {}", shard.rank(), shard.world_size());
             return Err(InputError::new(found, expected).in_tensor("communicator"));
         }
-        Ok(Self { whole: *whole, share, communicator, scratch: Mutex::default() })
+        Ok(Self { whole: *whole, communicator, sums: Mutex::default() })
     }
 
     pub(crate) const fn whole(&self) -> &LayerShape {
         &self.whole
     }
 
-    /// Whether ids need no mapping and the output no sum.
+    /// Whether the output is summed.
     #[cfg(feature = "cuda")]
-    pub(crate) const fn is_plain(&self) -> bool {
-        self.communicator.is_none() && self.share.shape.num_experts == self.whole.num_experts
-    }
-
-    /// Numbers experts as this rank does; those of other ranks become -1, like those that were -1 before.
-    pub(crate) fn localize(&self, topk_ids: &[i32], local: &mut Vec<i32>) -> Result<(), InputError> {
-        let (experts, top_k) = (self.whole.num_experts, self.whole.top_k);
-        local.clear();
-        for (pair, &id) in topk_ids.iter().enumerate() {
-            local.push(match usize::try_from(id) {
-                Ok(e) if self.share.experts.contains(&e) => (e - self.share.experts.start) as i32,
-                Ok(e) if e < experts => -1,
-                Err(_) if id == -1 => -1,
-                _ => {
-                    let found = format!("expert {id} for token {} at place {}", pair / top_k, pair % top_k);
-                    return Err(InputError::new(found, format!("-1 to {}", experts - 1)).in_tensor("topk_ids"));
-                }
-            });
-        }
-        Ok(())
+    pub(crate) const fn sums(&self) -> bool {
+        self.communicator.is_some()
     }
 
     /// Lets `run` compute this rank's sums in f32, or all ranks' with the communicator that it is given; rounds them to `out`.
@@ -76,13 +51,13 @@ impl Ranks {
     pub(crate) fn forward<Y: Element>(
         &self,
         out: &mut [Y],
-        run: impl FnOnce(Option<&dyn Communicator>, &mut Vec<i32>, &mut [f32]) -> Result<(), LayerError>,
+        run: impl FnOnce(Option<&dyn Communicator>, &mut [f32]) -> Result<(), LayerError>,
     ) -> Result<(), LayerError> {
-        let Scratch { local_ids, sums } = &mut *lock(&self.scratch);
+        let sums = &mut *lock(&self.sums);
         sums.clear();
         sums.resize(out.len(), 0.0);
         let communicator = self.communicator.as_deref();
-        match (run(communicator, local_ids, sums), communicator) {
+        match (run(communicator, sums), communicator) {
             (Ok(()), _) => {}
             (Err(error), Some(others)) if !matches!(error, LayerError::Collective(_)) => {
                 others.fail(&error.to_string());

@@ -225,6 +225,36 @@ fn without_a_communicator_the_parts_add_up_to_the_truth() {
     assert!(error <= 1e-5, "{error:.2e}");
 }
 
+/// A graph of a part reads the ids of all experts, and skips those of other ranks.
+#[cfg(feature = "cuda")]
+#[test]
+fn parts_in_graphs_add_up_to_the_truth() {
+    let Some(gpu) = moe_lora_cuda::testing::gpu("parts in graphs") else { return };
+    let device = Device::cuda(0).unwrap();
+    let shape = LayerShape::new(10, 4, 64, 64).unwrap();
+    for (seed, tokens) in [(21, 3), (22, 16)] {
+        let spec = CaseSpec { adapters: vec![AdapterSpec::rank(8); 2], bias: true, ..CaseSpec::new(shape, tokens) };
+        let case = spec.dtype(DType::Bf16).build(seed);
+        let mut sum = vec![0.0; case.hidden.len()];
+        for shard in Shard::grid(2, 3).unwrap() {
+            let rank = Rank::new(&device, &case, shard, None);
+            let stream = gpu.stream().unwrap();
+            let queue = stream.cudarc();
+            let mut graph = rank.layer.capture::<bf16, f32>(queue, tokens).unwrap();
+            let tensors = graph.tensors();
+            queue.memcpy_htod(&case.hidden_as::<bf16>(), &mut tensors.hidden_mut()).unwrap();
+            queue.memcpy_htod(&case.topk_ids, &mut tensors.topk_ids_mut()).unwrap();
+            queue.memcpy_htod(&case.topk_weights, &mut tensors.topk_weights_mut()).unwrap();
+            let id = |slot: &i32| usize::try_from(*slot).ok().map(|slot| rank.ids[slot]);
+            graph.replay(&TokenAdapters::from_ids(&case.token_slots.iter().map(id).collect::<Vec<_>>())).unwrap();
+            let part = queue.clone_dtoh(&graph.tensors().out()).unwrap();
+            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += f64::from(part));
+        }
+        let error = relative_error(&sum, &case.truth().unwrap());
+        assert!(error <= 3e-3, "{tokens} tokens: {error:.2e}");
+    }
+}
+
 #[test]
 fn every_rank_routes_over_all_experts() {
     let shape = LayerShape::new(8, 3, 48, 64).unwrap();

@@ -42,7 +42,7 @@ impl Limits {
 pub struct Batch<'a, X, A = &'a AdapterTable<'a>> {
     /// `[T, H]`.
     pub hidden: &'a [X],
-    /// `[T, k]`; -1 is skipped.
+    /// `[T, k]`: experts of all ranks; those of other ranks are skipped, as is -1.
     pub topk_ids: &'a [i32],
     /// `[T, k]`.
     pub topk_weights: &'a [f32],

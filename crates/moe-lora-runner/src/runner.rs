@@ -27,7 +27,7 @@ impl MoeRunner {
             shape: *shape,
             limits,
             kernel: None,
-            aligner: Aligner::new(shape.num_experts, shape.top_k),
+            aligner: Aligner::of(shape),
             rows: RowMap::default(),
             workspace: Workspace::new(shape, limits.max_tokens, limits.max_rank)?,
         })

@@ -22,6 +22,9 @@ pub struct Sizes {
     pub intermediate: usize,
     pub slots: usize,
     pub max_rank: usize,
+    /// Of a rank's part: the id of its first expert, and the experts of all ranks.
+    pub first_expert: usize,
+    pub all_experts: usize,
 }
 
 /// Everything of a layer that does not change with the batch.
@@ -175,6 +178,8 @@ impl Batch {
             num_experts: sizes.experts as u32,
             num_slots: sizes.slots as u32,
             tile_rows,
+            first_expert: sizes.first_expert as u32,
+            all_experts: sizes.all_experts as u32,
             reserved: 0,
         };
         if decode {
@@ -253,6 +258,8 @@ impl Layer {
                 intermediate: shape.intermediate_size,
                 slots: case.adapters.len(),
                 max_rank,
+                first_expert: 0,
+                all_experts: shape.num_experts,
             },
             format: if T::DTYPE == DType::F16 { Format::F16 } else { Format::Bf16 },
             interleaved: case.spec.interleaved,

@@ -165,6 +165,8 @@ impl Call<'_> {
             num_experts: args.num_experts,
             num_slots: args.num_slots,
             tile_rows: if self.prefill { PrefillGateUpParams::TILE_ROWS } else { 0 },
+            first_expert: args.first_expert,
+            all_experts: args.all_experts,
             reserved: 0,
         }
     }

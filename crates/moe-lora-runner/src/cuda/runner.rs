@@ -360,7 +360,7 @@ pub(super) fn check_format<X: Element, Y: Element>(weights: &CudaWeights) -> Res
 
 /// What the processor's align refuses too: the kernels would skip it and count.
 fn check_ids<X, A>(batch: &Batch<'_, X, A>, shape: &LayerShape) -> Result<(), InputError> {
-    let (experts, top_k) = (shape.num_experts, shape.top_k);
+    let (experts, top_k) = (shape.all_experts(), shape.top_k);
     let bad = |id: i32| id < -1 || usize::try_from(id).is_ok_and(|id| id >= experts);
     if let Some((pair, id)) = batch.topk_ids.iter().enumerate().find(|(_, id)| bad(**id)) {
         let found = format!("expert {id} for token {} at place {}", pair / top_k, pair % top_k);

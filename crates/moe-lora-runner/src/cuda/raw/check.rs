@@ -61,6 +61,11 @@ impl ForwardArgs {
         if self.num_slots > 0 && self.max_rank == 0 {
             return wrong("max_rank", format!("0 for {} slots", self.num_slots), "at least 1");
         }
+        let (first, all) = (self.first_expert, self.all_experts);
+        if (first, all) != (0, 0) && first.checked_add(self.num_experts).is_none_or(|end| end > all) {
+            let found = format!("{all} with {} from {first} on", self.num_experts);
+            return wrong("all_experts", found, "0, or room for these");
+        }
         if i32::try_from(self.num_slots).is_err() {
             return wrong("num_slots", self.num_slots.to_string(), "fewer than 2^31");
         }
