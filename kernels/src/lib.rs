@@ -28,7 +28,7 @@ pub use decode::{BatchSizes, DecodeAlignParams, DecodeDownParams, DecodeGateUpPa
 pub use launch::{Launch, RouteBounds};
 pub use params::{
     AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams,
-    PrefillDownParams, PrefillGateUpParams, ReadParams, ShrinkParams, TensorMap, TopkParams,
+    PrefillDownParams, PrefillGateUpParams, ReadParams, ShrinkParams, SplitParams, TensorMap, TopkParams,
 };
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
@@ -181,11 +181,13 @@ pub enum Kernel {
     DecodeGateUp(Format),
     /// `moe_lora_decode_down_*`.
     DecodeDown(Format),
+    /// `moe_lora_split_*`.
+    Split(Format),
 }
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 26] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -210,6 +212,8 @@ impl Kernel {
         Self::DecodeGateUp(Format::F16),
         Self::DecodeDown(Format::Bf16),
         Self::DecodeDown(Format::F16),
+        Self::Split(Format::Bf16),
+        Self::Split(Format::F16),
     ];
 
     /// Its place in [`ALL`](Self::ALL).
@@ -234,6 +238,7 @@ impl Kernel {
             Self::DecodeAlign => 19,
             Self::DecodeGateUp(format) => 20 + second(format),
             Self::DecodeDown(format) => 22 + second(format),
+            Self::Split(format) => 24 + second(format),
         }
     }
 
@@ -242,7 +247,7 @@ impl Kernel {
     pub const fn family(self) -> Family {
         match self {
             Self::Topk | Self::Align | Self::AlignBlock => Family::Route,
-            Self::Shrink(_) => Family::Shrink,
+            Self::Shrink(_) | Self::Split(_) => Family::Shrink,
             Self::GateUp(_) => Family::GateUp,
             Self::Down(_) => Family::Down,
             Self::Combine(_) => Family::Combine,
@@ -284,6 +289,8 @@ impl Kernel {
             Self::DecodeGateUp(Format::F16) => "moe_lora_decode_gate_up_f16",
             Self::DecodeDown(Format::Bf16) => "moe_lora_decode_down_bf16",
             Self::DecodeDown(Format::F16) => "moe_lora_decode_down_f16",
+            Self::Split(Format::Bf16) => "moe_lora_split_bf16",
+            Self::Split(Format::F16) => "moe_lora_split_f16",
         }
     }
 
@@ -295,7 +302,7 @@ impl Kernel {
             Self::Align | Self::AlignBlock => launch::align_shared(launch::MOST_EXPERTS, u32::MAX),
             Self::Shrink(_) => launch::SHRINK_SHARED,
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
-            Self::Combine(_) | Self::Noise(_) | Self::Read => 0,
+            Self::Combine(_) | Self::Noise(_) | Self::Read | Self::Split(_) => 0,
             Self::Peak => launch::PEAK_SHARED,
             Self::PrefillGateUp(_) | Self::PrefillDown(_) => launch::GROUPED_SHARED,
             Self::DecodeAlign => decode::align_shared(launch::MOST_EXPERTS, 32),

@@ -188,7 +188,7 @@ params!(
 
 params!(
     /// `s = scale * A x` for every row of every LoRA chunk.
-    ShrinkParams, 80, Kernel::Shrink, {
+    ShrinkParams, 88, Kernel::Shrink, {
         /// `[*, K]`.
         input: u64,
         /// u32 `[rows]`: input row = row_pair / top_k; 0: input row = row.
@@ -216,6 +216,24 @@ params!(
         /// Numbers from row to row of `shrunk`, a multiple of 8.
         shrunk_stride: u32,
         /// 1: of eight neighbouring ranks the eight first numbers come first, as the prefill kernels read them; 0: of four.
+        octets: u32,
+        /// A holds this part of its ranks, without padding; their columns alone are written.
+        part: u32,
+        /// 0: A is whole, and `shrunk` is pairs of numbers; else it is f32, for [`SplitParams`] when all parts are added.
+        parts: u32,
+    }
+);
+
+params!(
+    /// Values of `shrunk` from f32 to two numbers of the activation's format whose sum they are, in place.
+    SplitParams, 24, Kernel::Split, {
+        /// RouteCounts.
+        counts: u64,
+        /// `[rows, stride]`.
+        shrunk: u64,
+        /// Numbers from row to row, a multiple of 8.
+        stride: u32,
+        /// As in [`ShrinkParams`].
         octets: u32,
     }
 );
@@ -280,7 +298,7 @@ params!(
 
 params!(
     /// `y = W_down h + B S + bias` for every row.
-    DownParams, 104, Kernel::Down, {
+    DownParams, 112, Kernel::Down, {
         /// `[rows, I]`.
         intermediate: u64,
         /// `[E, H, I]`.
@@ -313,6 +331,10 @@ params!(
         shrunk_stride: u32,
         /// Rows_out is f32 and not the activation's format.
         rows_f32: u32,
+        /// The first feature that B has a row for: 0, but for fully sharded adapters.
+        first_b: u32,
+        /// Rows of B: H, but for fully sharded adapters.
+        num_b: u32,
     }
 );
 

@@ -61,6 +61,8 @@ typedef struct {
     float scaling;              /* factor of the output */
     uint32_t first_expert;      /* under expert parallelism the id of this rank's first expert, else 0 */
     uint32_t all_experts;       /* and the experts of all ranks: ids below that are not this rank's are skipped, else 0 */
+    uint32_t adapter_part;      /* 0 */
+    uint32_t adapter_parts;     /* 0 or 1: adapters are whole; what parts exchange is for Rust's raw door */
 } moe_lora_forward_args;
 
 /* One matrix pair of one slot, expert and projection (gate, up, down). rank8 is rank rounded up to a multiple of 8; what

@@ -78,3 +78,12 @@ impl<'a, X, A> Batch<'a, X, A> {
         Ok(())
     }
 }
+
+/// Parts of adapters give nothing useful alone.
+pub(crate) fn check_whole(shape: &LayerShape) -> Result<(), InputError> {
+    if shape.adapter_part.is_whole() {
+        return Ok(());
+    }
+    let found = format!("{:?}", shape.adapter_part);
+    Err(InputError::new(found, "whole adapters, or a way to exchange what parts give").in_tensor("adapters"))
+}

@@ -438,6 +438,8 @@ impl Layer {
                     intermediate_size: s.intermediate as u32,
                     shrunk_stride: 2 * s.max_rank as u32,
                     rows_f32: u32::from(rows_f32),
+                    first_b: 0,
+                    num_b: s.hidden as u32,
                 };
                 if let Some(plan) = plan {
                     let rest = DecodeDownParams {

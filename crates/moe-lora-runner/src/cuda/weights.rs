@@ -104,6 +104,8 @@ impl CudaWeights {
             scaling: self.routed_scaling_factor,
             first_expert: first_expert as u32,
             all_experts: self.shape.all_experts() as u32,
+            adapter_part: self.shape.adapter_part.index() as u32,
+            adapter_parts: self.shape.adapter_part.of() as u32,
             ..Default::default()
         }
         .with_w13(self.w13.address(), false)

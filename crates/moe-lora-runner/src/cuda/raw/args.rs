@@ -101,9 +101,13 @@ pub struct ForwardArgs {
     pub first_expert: u32,
     /// Under expert parallelism the experts of all ranks: ids below this that are not this rank's are skipped, not counted. Else 0.
     pub all_experts: u32,
+    /// Of fully sharded adapters the part that is here: some ranks of gate and up A, some rows of down B.
+    pub adapter_part: u32,
+    /// How many parts there are; 0 and 1: adapters are whole.
+    pub adapter_parts: u32,
 }
 
-const _: () = assert!(size_of::<ForwardArgs>() == 19 * 8 + 18 * 4);
+const _: () = assert!(size_of::<ForwardArgs>() == 19 * 8 + 20 * 4);
 
 impl ForwardArgs {
     /// Sets gate, up and their strides to a tensor `w13 [E, 2I, H]` that has all gate rows of an expert before its up rows
