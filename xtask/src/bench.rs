@@ -4,7 +4,7 @@
 use crate::shell::{cargo, output, root, run as run_command, target};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 struct Options<'a> {
@@ -58,37 +58,37 @@ fn parse<'a>(args: &[&'a str]) -> Result<Options<'a>> {
     Ok(options)
 }
 
-/// Times us through the C library on PyTorch's tensors (`PYTHON` names the interpreter), then the systems that are named first,
-/// from their published packages, and prints how these compare with us, and those whose rows lie in `docs/benchmarks/peers`.
-/// The other arguments are those of `bench_peer.py`.
+/// Times us through the C library on PyTorch's tensors (`PYTHON` names the interpreter) and, in the same process, the systems that
+/// are named first, from their published packages; prints how they compare with us, and those whose rows lie in
+/// `docs/benchmarks/peers`. The other arguments are those of `bench_peer.py`.
 fn peers(arguments: &[&str]) -> Result<()> {
     run_command(&mut cargo(&["build", "--release", "-p", "moe-lora-c", "-p", "moe-lora-bench"]))?;
-    let (scripts, folder) = (root().join("crates/moe-lora-bench/peers"), target().join("peers"));
-    std::fs::create_dir_all(&folder)?;
-    let python = || Command::new(std::env::var_os("PYTHON").unwrap_or_else(|| "python3".into()));
-    let systems = arguments.iter().take_while(|word| !word.starts_with("--")).count();
-    let (systems, options) = arguments.split_at(systems);
-    let measure = |system: &str| -> Result<PathBuf> {
-        let (package, rows) = (folder.join(system), folder.join(format!("{system}.json")));
-        if system != "moe_lora" && !package.exists() {
-            run_command(python().arg(scripts.join("prepare.py")).arg(system).arg(&package))?;
-        }
-        let mut harness = python();
-        harness.arg(scripts.join("bench_peer.py")).arg(system).arg(&rows).args(options);
-        harness.env("MOE_LORA_HEADER", root().join("crates/moe-lora-c/include/moe_lora.h"));
-        harness.env("MOE_LORA_LIB", target().join("release/libmoe_lora_c.so"));
-        run_command(harness.env(system.to_uppercase(), package))?;
-        Ok(rows)
+    let (scripts, packages) = (root().join("crates/moe-lora-bench/peers"), target().join("peers"));
+    let rows = packages.join("rows");
+    let python = |script: &str| {
+        let mut python = Command::new(std::env::var_os("PYTHON").unwrap_or_else(|| "python3".into()));
+        python.arg(scripts.join(script));
+        python
     };
-    let ours = measure("moe_lora")?;
-    let mut others = systems.iter().map(|system| measure(system)).collect::<Result<Vec<_>>>()?;
+    let systems = arguments.iter().take_while(|word| !word.starts_with("--")).count();
+    let systems = &arguments[..systems];
+    if !systems.is_empty() {
+        run_command(python("prepare.py").arg(&packages).args(systems))?;
+    }
+    let mut harness = python("bench_peer.py");
+    harness.arg(&rows).arg("moe_lora").args(arguments).env("PEERS", &packages);
+    harness.env("MOE_LORA_HEADER", root().join("crates/moe-lora-c/include/moe_lora.h"));
+    run_command(harness.env("MOE_LORA_LIB", target().join("release/libmoe_lora_c.so")))?;
+    let json = |name: &str| rows.join(format!("{name}.json"));
+    let mut compare = Command::new(target().join("release/moe-lora-bench"));
+    compare
+        .arg("compare")
+        .arg(json("moe_lora"))
+        .args(systems.iter().map(|name| json(name)).filter(|rows| rows.exists()));
     for entry in std::fs::read_dir(root().join("docs/benchmarks/peers"))? {
-        others.extend(Some(entry?.path()).filter(|path| path.extension().is_some_and(|e| e == "json")));
+        compare.args(Some(entry?.path()).filter(|path| path.extension().is_some_and(|e| e == "json")));
     }
-    for others in others {
-        run_command(Command::new(target().join("release/moe-lora-bench")).arg("compare").arg(&ours).arg(others))?;
-    }
-    Ok(())
+    run_command(&mut compare)
 }
 
 /// Joins Criterion's medians with the work that each row counts for.

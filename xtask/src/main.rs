@@ -29,8 +29,10 @@ cargo xtask <command>
   bundle            GPU tests, command, benchmark and fixtures in one folder, for a GPU machine without Rust [FOLDER]
   bench --cpu       time the layer on this processor [--torch PYTHON: transformers and PEFT in the same run] [--json FILE]
   bench --gpu       time layers on a GPU, with their share of what the card can do: `--gpu --help` lists shapes and options
-  bench --peers     the same layers through the C library and PyTorch, beside rows of vLLM and SGLang [vllm: run it, too]
-  bench --plot RUN FOLDER, --compare RUN PEERS     draw what `--gpu --json RUN` wrote, or put it beside other systems
+  bench --peers     the same layers through the C library and PyTorch, beside rows of vLLM and SGLang; runs those that are
+                    named, in the same process [vllm] [sglang_0510] [sglang_0523_triton] [sglang_0523_cutedsl]
+  bench --plot RUN FOLDER [PEERS]..., --compare RUN PEERS...
+                    draw what `--gpu --json RUN` wrote, or put it beside other systems
 ";
 
 fn main() -> ExitCode {

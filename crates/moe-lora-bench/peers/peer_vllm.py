@@ -1,4 +1,4 @@
-"""vLLM 0.33: its fused MoE layer with LoRA, from its package (`prepare.py vllm FOLDER`; VLLM names the folder).
+"""vLLM 0.33: its fused MoE layer with LoRA, from its package (`prepare.py FOLDER vllm`).
 
 The kernels, their launch settings and the align library are the package's own files, called in the order of its
 TritonExperts.apply with PunicaWrapperGPU's LoRA; only silu_and_mul, which lies in a library of 500 MB, is a Triton kernel here.
@@ -6,7 +6,6 @@ Base tokens are slot -1; as in its default graphs the grids cover all slots and 
 """
 import ctypes
 import logging
-import os
 import types
 
 import torch
@@ -16,8 +15,8 @@ import triton.language as tl
 from stand_ins import Package
 
 NAME = "vLLM 0.33"
-ROOT = os.environ["VLLM"]
-ctypes.CDLL(f"{ROOT}/vllm/_moe_C_stable_libtorch.abi3.so", mode=ctypes.RTLD_GLOBAL)
+PACKAGE = Package("vllm", "vllm")
+ctypes.CDLL(str(PACKAGE.folder / "vllm/_moe_C_stable_libtorch.abi3.so"), mode=ctypes.RTLD_GLOBAL)
 OPS = torch.ops._moe_C
 
 
@@ -78,7 +77,7 @@ def silu_mul_kernel(x, y, width, BLOCK: tl.constexpr):
 
 def load():
     """The package's modules that the layer calls."""
-    package = Package(ROOT)
+    package = PACKAGE
     nothing = lambda *_, **__: None
     platform = Platform()
     package.place("vllm.envs", Environment("vllm.envs"))
@@ -136,7 +135,8 @@ def load():
     return fused_moe, names, lora, package.real("vllm.lora.layers.utils")
 
 
-FUSED_MOE, NAMES, LORA, LAYERS = load()
+with PACKAGE.alone():
+    FUSED_MOE, NAMES, LORA, LAYERS = load()
 SLICES = {}
 
 

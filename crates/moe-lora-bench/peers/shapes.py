@@ -88,29 +88,34 @@ def spread(torch, d, n=4):
     return idx, dict(d, T=idx.numel(), **{k: d[k][idx] for k in ("x", "topk_w", "topk_ids", "slot")})
 
 
-def bench(torch, fn, n_warm=3, n_rep=20):
+# Timed replays: this many, or fewer, but at least LEAST_RUNS, once they have taken MOST_US together.
+RUNS, LEAST_RUNS, MOST_US = 20, 5, 60_000
+
+
+def bench(torch, fn, flush={}):
     """Median microseconds of a CUDA graph of `fn`, with a cold and clean L2."""
-    flush = torch.empty(256 * 1024 * 1024 // 4, dtype=torch.float32, device="cuda")
-    clean = torch.zeros_like(flush)
-    sink = torch.empty((), device="cuda")
-    for _ in range(n_warm):
-        fn()
-    torch.cuda.synchronize()
+    if not flush:
+        written = torch.empty(256 * 1024 * 1024 // 4, dtype=torch.float32, device="cuda")
+        flush.update(written=written, read=torch.zeros_like(written), sink=torch.empty((), device="cuda"))
     s = torch.cuda.Stream()
     s.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(s):
-        for _ in range(n_warm):  # some systems keep scratch per stream
+        for _ in range(2):  # some systems keep scratch per stream
             fn()
+        s.synchronize()
+        g = torch.cuda.CUDAGraph()
+        g.capture_begin()  # torch.cuda.graph would empty the allocator's cache first, which takes longer than all else
+        try:
+            fn()
+        finally:
+            g.capture_end()
     torch.cuda.current_stream().wait_stream(s)
-    g = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(g, stream=s):
-        fn()
     g.replay()
     torch.cuda.synchronize()
     times = []
-    for _ in range(n_rep):
-        flush.zero_()
-        torch.sum(clean, dim=0, out=sink)  # no dirty line is written back inside the timed region
+    while len(times) < RUNS and (len(times) < LEAST_RUNS or sum(times) < MOST_US):
+        flush["written"].zero_()
+        torch.sum(flush["read"], dim=0, out=flush["sink"])  # no dirty line is written back inside the timed region
         a, b = torch.cuda.Event(True), torch.cuda.Event(True)
         a.record()
         g.replay()

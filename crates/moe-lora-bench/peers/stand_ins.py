@@ -1,15 +1,37 @@
-"""Runs single files of an unpacked package without its server: what they import from the rest of it are stand-ins."""
+"""Runs single files of unpacked packages without their servers: what they import from the rest of a package are stand-ins."""
+
+import contextlib
 import importlib.util
+import os
 import pathlib
 import sys
 import types
 
+# Where prepare.py has put the packages, one folder for each; these two are libraries that others import.
+FOLDER = pathlib.Path(os.environ["PEERS"]).resolve()
+sys.path[:0] = [str(FOLDER / "site"), str(FOLDER / "cutedsl/nvidia_cutlass_dsl/dsl_packages")]
+
 
 class Package:
-    """A package unpacked in `folder`."""
+    """The package unpacked in FOLDER/name, whose modules are called `tops`. Several can have modules of the same name: imports
+    find this one's within `alone`."""
 
-    def __init__(self, folder):
-        self.folder = pathlib.Path(folder)
+    def __init__(self, name, *tops):
+        self.folder = FOLDER / name
+        self.tops = tops
+        self.modules = {}
+
+    @contextlib.contextmanager
+    def alone(self):
+        """Imports under our names find our modules, and nobody else's."""
+        ours = lambda: [name for name in sys.modules if name.partition(".")[0] in self.tops]
+        others = {name: sys.modules.pop(name) for name in ours()}
+        sys.modules.update(self.modules)
+        try:
+            yield
+        finally:
+            self.modules = {name: sys.modules.pop(name) for name in ours()}
+            sys.modules.update(others)
 
     def stand_in(self, name, **contents):
         """Puts a module with these contents, and empty parents, where imports find it."""
@@ -18,6 +40,11 @@ class Package:
         vars(module).update(contents)
         self.place(name, module)
         return module
+
+    def folders(self, *names):
+        """Makes folders of the package importable without running their `__init__`."""
+        for name in names:
+            self.stand_in(name).__path__ = [str(self.folder / name.replace(".", "/"))]
 
     def place(self, name, module):
         """Makes a module importable by name."""

@@ -29,13 +29,16 @@ pub(crate) enum Command {
         run: PathBuf,
         /// Where the SVG files go.
         folder: PathBuf,
+        /// Rows of other systems: draws everybody's share of the floor with eight adapters of rank 16.
+        peers: Vec<PathBuf>,
     },
     /// Puts a run beside rows of other systems.
     Compare {
         /// What `gpu --json` wrote.
         run: PathBuf,
-        /// Rows of other systems, as in docs/benchmarks/peers.
-        peers: PathBuf,
+        /// Files with rows of other systems, as in docs/benchmarks/peers; the first one that has a system counts.
+        #[arg(required = true)]
+        peers: Vec<PathBuf>,
     },
 }
 

@@ -13,7 +13,7 @@ mod work;
 pub use compare::{Peers, compare};
 pub use draw::{Routes, draw_slots, spread};
 pub use floor::{Ceilings, Touched};
-pub use plot::plots;
+pub use plot::{plots, plots_beside};
 pub use presets::{AdapterSet, OLMOE, PRESETS, Preset, TOKENS};
 pub use rows::{Card, Row, Run, StageTime, bands, geometric_mean};
 pub use traffic::{Traffic, mixed_ranks_in, zipf};

@@ -1,6 +1,7 @@
 //! Plots of a run, as plain SVG.
 
-use crate::{Row, Run};
+use crate::compare::{OURS, System};
+use crate::{Peers, Row, Run};
 use std::fmt::Write;
 
 const WIDTH: f64 = 640.0;
@@ -45,6 +46,31 @@ pub fn plots(run: &Run) -> Vec<(String, String)> {
         files.push((format!("{model}-share.svg"), chart(&on("share of the floor, %"), false, &shares)));
     }
     files
+}
+
+/// One plot for each layer of ours: everybody's share of the floor with `adapters` adapters of rank `rank`.
+#[must_use]
+pub fn plots_beside(ours: &Peers, others: &[Peers], adapters: usize, rank: usize) -> Vec<(String, String)> {
+    let mut models: Vec<&str> = ours.rows.iter().map(|r| r.model.as_str()).collect();
+    models.dedup();
+    let us = [System { label: OURS.to_owned(), name: OURS, file: ours }];
+    let systems: Vec<System<'_>> = us.into_iter().chain(System::all(others)).collect();
+    let series = |model: &str| -> Vec<Series> {
+        let of = |system: &System<'_>| {
+            let rows = system
+                .file
+                .rows
+                .iter()
+                .filter(|r| r.peer == system.name && r.model == model && (r.adapters, r.rank) == (adapters, rank));
+            let share = |us, floor| 100.0 * floor / us;
+            let ceilings = &system.file.card.ceilings;
+            let points = rows.map(|r| (r.tokens as f64, share(r.us, r.touched.floor_us(ceilings)))).collect();
+            Series { name: system.label.clone(), points, dashed: system.file.stored.is_some() }
+        };
+        systems.iter().map(of).collect()
+    };
+    let title = |model| format!("{model}, {adapters} adapters of rank {rank}: share of the floor, %");
+    models.iter().map(|m| (format!("{m}-beside.svg"), chart(&title(m), false, &series(m)))).collect()
 }
 
 /// Lines over T, which is logarithmic. Values are logarithmic too, or from 0 to 100.
@@ -131,6 +157,19 @@ fn escape(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::rows::tests::{row, run};
+
+    #[test]
+    fn every_system_has_a_line_beside_ours() {
+        let ours = run(vec![row("m", 8, 1, 40.0), row("m", 8, 64, 90.0)]);
+        let ours: Peers = serde_json::from_str(&serde_json::to_string(&ours).unwrap()).unwrap();
+        let mut theirs = Peers { stored: Some("Monday".to_owned()), ..ours.clone() };
+        theirs.rows.iter_mut().for_each(|r| r.peer = "a".to_owned());
+        let rank = ours.rows[0].rank;
+        let files = plots_beside(&ours, &[theirs], 8, rank);
+        assert_eq!((files.len(), files[0].0.as_str()), (1, "m-beside.svg"));
+        assert!(files[0].1.matches("<polyline").count() == 2 && files[0].1.contains(">a*<"));
+        assert!(files[0].1.split("points=\"").skip(1).all(|l| l.split('"').next().unwrap().contains(' ')));
+    }
 
     #[test]
     fn two_plots_a_layer_with_every_point_inside_the_picture() {

@@ -4,9 +4,10 @@
 #   ./run.sh tests                 every GPU test; a missing GPU is a failure
 #   ./run.sh sanitize [TOOL]...    the tests on few, small cases under compute-sanitizer: memcheck initcheck synccheck racecheck
 #   ./run.sh bench [ARGUMENT]...   times and shares of the floor, as `bin/moe-lora-bench gpu --help` says
-#   ./run.sh peers [ARGUMENT]...   the same layers through the C library and PyTorch (`peers/bench_peer.py` has the arguments),
-#                                  beside rows of other systems; ROWS=peers.json is where they are kept; with VLLM=FOLDER
-#                                  (made by `peers/prepare.py vllm FOLDER`) vLLM runs, too
+#   ./run.sh peers [SYSTEM]... [ARGUMENT]...
+#                                  the same layers through the C library and PyTorch (`peers/bench_peer.py` has the arguments),
+#                                  beside rows of other systems; ROWS=rows is where ours are kept; named systems run in the same
+#                                  process, from PEERS=FOLDER (made by `peers/prepare.py FOLDER SYSTEM...`)
 #   ./run.sh ranks [ARGUMENT]...   a layer over several GPUs, threads and processes, adapters fully sharded or not: truth, swaps,
 #                                  graphs and their times, a rank that dies; with one GPU, what one GPU can show of it; the
 #                                  arguments are those of `bin/moe-lora-bench ranks`
@@ -71,13 +72,13 @@ case $command in
   sanitize) choose && run_sanitizers "$@" ;;
   bench) bin/moe-lora-bench gpu "$@" || failed=1 ;;
   peers)
-    rows=${ROWS:-peers.json}
-    others=(peers/rows/*.json)
-    ${PYTHON:-python3} peers/bench_peer.py moe_lora "$rows" "$@" || failed=1
-    if [ -n "${VLLM:-}" ]; then
-      ${PYTHON:-python3} peers/bench_peer.py vllm vllm.json "$@" && others=(vllm.json "${others[@]}") || failed=1
-    fi
-    for file in "${others[@]}"; do bin/moe-lora-bench compare "$rows" "$file" || failed=1; done
+    rows=${ROWS:-rows} others=()
+    ${PYTHON:-python3} peers/bench_peer.py "$rows" moe_lora "$@" || failed=1
+    for system; do
+      [[ $system != --* ]] || break
+      [ ! -e "$rows/$system.json" ] || others+=("$rows/$system.json")
+    done
+    bin/moe-lora-bench compare "$rows/moe_lora.json" "${others[@]}" peers/rows/*.json || failed=1
     ;;
   ranks)
     gpus=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU)

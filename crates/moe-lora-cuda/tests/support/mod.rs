@@ -1,4 +1,4 @@
-//! One layer on the GPU, launched kernel by kernel from plain buffers: what the tests check and time.
+//! One layer on the GPU, launched kernel by kernel from plain buffers: what the tests check.
 #![allow(dead_code, unreachable_pub, reason = "every test uses its own part")]
 
 use bytemuck::{Pod, bytes_of, cast_slice};
