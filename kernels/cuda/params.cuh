@@ -76,7 +76,7 @@ struct AlignParams {
     uint64_t token_slots;   // i32 [T] or 0: all base
     uint64_t slot_active;   // u8 [L] or 0: all; a slot with 0 has no adapter in this layer and counts as -1
     uint64_t row_pair;      // u32 [T * k], out
-    uint64_t row_weight;    // f32 [T * k], out
+    uint64_t row_weight;    // f32 [T * k], out, or 0 where nobody reads it (not decode_align)
     uint64_t pair_row;      // i32 [T * k], out
     uint64_t segments;      // Segment [most segments], out
     uint64_t tiles;         // RowTile [most tiles], out

@@ -185,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(kSortThreads) moe_lora_align(const 
                 pair_row[pair] = -1;
             } else {
                 row_pair[row] = pair;
-                row_weight[row] = weights[pair];
+                if (row_weight != nullptr) row_weight[row] = weights[pair];
                 pair_row[pair] = static_cast<int32_t>(row);
             }
         });

@@ -296,6 +296,7 @@ mod tests {
             include_str!("../cuda/tile/stream.cuh"),
             include_str!("../cuda/epilogue/lora_stream.cuh"),
             include_str!("../cuda/decode_route.cu"),
+            include_str!("../cuda/cluster_route.cu"),
         ];
         for line in [
             format!("kTileRows = {TILE_ROWS};"),
@@ -330,6 +331,8 @@ mod tests {
             "kShrinkPitch = 20;".to_owned(),
             "kMostPairs = 2048;".to_owned(),
             "kMostTokens = 256;".to_owned(),
+            "kMostBlocks = 16;".to_owned(),
+            "static_assert(sizeof(Shared) == 960,".to_owned(),
             "1024 + kRingBytes + kGroupedStages * (16 + 16 + 4) + 2 * kStagedBytes + kGroupedTokens * 4 + 4;"
                 .to_owned(),
         ] {

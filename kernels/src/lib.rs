@@ -19,11 +19,13 @@
 //! assert_eq!(params.launch(132).grid, [1, 1, 1]);
 //! ```
 
+mod cluster_route;
 mod decode;
 mod launch;
 pub mod params;
 mod records;
 
+pub use cluster_route::ClusterAlignParams;
 pub use decode::{BatchSizes, DecodeAlignParams, DecodeDownParams, DecodeGateUpParams, DecodePlan, Ring};
 pub use launch::{Launch, RouteBounds};
 pub use params::{
@@ -62,6 +64,8 @@ pub enum Family {
     PrefillGateUp,
     /// Down likewise.
     PrefillDown,
+    /// Align by one cluster of blocks, on Hopper.
+    ClusterRoute,
     /// Align for few tokens, on Hopper.
     DecodeRoute,
     /// Shrink, gate and up likewise.
@@ -72,7 +76,7 @@ pub enum Family {
 
 impl Family {
     /// All families, in the order of use; those for Hopper alone come last.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Route,
         Self::Shrink,
         Self::GateUp,
@@ -82,6 +86,7 @@ impl Family {
         Self::Peak,
         Self::PrefillGateUp,
         Self::PrefillDown,
+        Self::ClusterRoute,
         Self::DecodeRoute,
         Self::DecodeGateUp,
         Self::DecodeDown,
@@ -92,7 +97,12 @@ impl Family {
     pub const fn hopper(self) -> bool {
         matches!(
             self,
-            Self::PrefillGateUp | Self::PrefillDown | Self::DecodeRoute | Self::DecodeGateUp | Self::DecodeDown
+            Self::PrefillGateUp
+                | Self::PrefillDown
+                | Self::ClusterRoute
+                | Self::DecodeRoute
+                | Self::DecodeGateUp
+                | Self::DecodeDown
         )
     }
 
@@ -109,6 +119,7 @@ impl Family {
             Self::Peak => "peak",
             Self::PrefillGateUp => "prefill_gate_up",
             Self::PrefillDown => "prefill_down",
+            Self::ClusterRoute => "cluster_route",
             Self::DecodeRoute => "decode_route",
             Self::DecodeGateUp => "decode_gate_up",
             Self::DecodeDown => "decode_down",
@@ -128,6 +139,7 @@ impl Family {
             Self::Peak => include_bytes!(concat!(env!("OUT_DIR"), "/peak.fatbin")),
             Self::PrefillGateUp => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_gate_up.fatbin")),
             Self::PrefillDown => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_down.fatbin")),
+            Self::ClusterRoute => include_bytes!(concat!(env!("OUT_DIR"), "/cluster_route.fatbin")),
             Self::DecodeRoute => include_bytes!(concat!(env!("OUT_DIR"), "/decode_route.fatbin")),
             Self::DecodeGateUp => include_bytes!(concat!(env!("OUT_DIR"), "/decode_gate_up.fatbin")),
             Self::DecodeDown => include_bytes!(concat!(env!("OUT_DIR"), "/decode_down.fatbin")),
@@ -175,6 +187,8 @@ pub enum Kernel {
     PrefillGateUp(Format),
     /// `moe_lora_prefill_down_*`.
     PrefillDown(Format),
+    /// `moe_lora_cluster_align`.
+    ClusterAlign,
     /// `moe_lora_decode_align`.
     DecodeAlign,
     /// `moe_lora_decode_gate_up_*`.
@@ -187,7 +201,7 @@ pub enum Kernel {
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 27] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -207,6 +221,7 @@ impl Kernel {
         Self::PrefillGateUp(Format::F16),
         Self::PrefillDown(Format::Bf16),
         Self::PrefillDown(Format::F16),
+        Self::ClusterAlign,
         Self::DecodeAlign,
         Self::DecodeGateUp(Format::Bf16),
         Self::DecodeGateUp(Format::F16),
@@ -235,10 +250,11 @@ impl Kernel {
             Self::AlignBlock => 14,
             Self::PrefillGateUp(format) => 15 + second(format),
             Self::PrefillDown(format) => 17 + second(format),
-            Self::DecodeAlign => 19,
-            Self::DecodeGateUp(format) => 20 + second(format),
-            Self::DecodeDown(format) => 22 + second(format),
-            Self::Split(format) => 24 + second(format),
+            Self::ClusterAlign => 19,
+            Self::DecodeAlign => 20,
+            Self::DecodeGateUp(format) => 21 + second(format),
+            Self::DecodeDown(format) => 23 + second(format),
+            Self::Split(format) => 25 + second(format),
         }
     }
 
@@ -255,6 +271,7 @@ impl Kernel {
             Self::Peak => Family::Peak,
             Self::PrefillGateUp(_) => Family::PrefillGateUp,
             Self::PrefillDown(_) => Family::PrefillDown,
+            Self::ClusterAlign => Family::ClusterRoute,
             Self::DecodeAlign => Family::DecodeRoute,
             Self::DecodeGateUp(_) => Family::DecodeGateUp,
             Self::DecodeDown(_) => Family::DecodeDown,
@@ -284,6 +301,7 @@ impl Kernel {
             Self::PrefillGateUp(Format::F16) => "moe_lora_prefill_gate_up_f16",
             Self::PrefillDown(Format::Bf16) => "moe_lora_prefill_down_bf16",
             Self::PrefillDown(Format::F16) => "moe_lora_prefill_down_f16",
+            Self::ClusterAlign => "moe_lora_cluster_align",
             Self::DecodeAlign => "moe_lora_decode_align",
             Self::DecodeGateUp(Format::Bf16) => "moe_lora_decode_gate_up_bf16",
             Self::DecodeGateUp(Format::F16) => "moe_lora_decode_gate_up_f16",
@@ -306,7 +324,7 @@ impl Kernel {
             Self::Peak => launch::PEAK_SHARED,
             Self::PrefillGateUp(_) | Self::PrefillDown(_) => launch::GROUPED_SHARED,
             Self::DecodeAlign => decode::align_shared(launch::MOST_EXPERTS, 32),
-            Self::DecodeGateUp(_) | Self::DecodeDown(_) => decode::MOST_SHARED,
+            Self::ClusterAlign | Self::DecodeGateUp(_) | Self::DecodeDown(_) => decode::MOST_SHARED,
         }
     }
 }

@@ -93,7 +93,7 @@ params!(
         slot_active: u64,
         /// u32 `[T * k]`, out.
         row_pair: u64,
-        /// f32 `[T * k]`, out.
+        /// f32 `[T * k]`, out, or 0 where nobody reads it.
         row_weight: u64,
         /// i32 `[T * k]`, out.
         pair_row: u64,

@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use moe_lora::{LayerShape, Shard};
 use moe_lora_bench::{AdapterSet, Ceilings, PRESETS, TOKENS};
 use moe_lora_kernels::Format;
+use moe_lora_runner::raw::Path;
 use std::path::PathBuf;
 
 /// Benchmarks of moe-lora on an NVIDIA GPU.
@@ -32,6 +33,11 @@ pub(crate) enum Command {
         /// Rows of other systems: draws everybody's share of the floor with eight adapters of rank 16.
         peers: Vec<PathBuf>,
     },
+    /// Finds where time falls or jumps from one batch size of a run to the next.
+    Steps {
+        /// What `gpu --json` wrote.
+        run: PathBuf,
+    },
     /// Puts a run beside rows of other systems.
     Compare {
         /// What `gpu --json` wrote.
@@ -46,6 +52,13 @@ pub(crate) enum Command {
 pub(crate) enum DTypeName {
     Bf16,
     F16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PathName {
+    Decode,
+    Portable,
+    Prefill,
 }
 
 #[derive(Debug, Args)]
@@ -92,6 +105,9 @@ pub(crate) struct GpuArguments {
     /// Format of activations, weights and adapters.
     #[arg(long, value_enum, default_value = "bf16")]
     dtype: DTypeName,
+    /// Kernels to run, in turns, instead of those that are fastest; batches that they cannot run are left out.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    path: Vec<PathName>,
     /// Times each kernel alone, too.
     #[arg(long)]
     pub(crate) stages: bool,
@@ -242,6 +258,16 @@ impl GpuArguments {
         }
     }
 
+    /// The paths to time; none is the fastest.
+    pub(crate) fn paths(&self) -> Vec<Option<Path>> {
+        let path = |name: &PathName| match name {
+            PathName::Decode => Path::Decode,
+            PathName::Portable => Path::Portable,
+            PathName::Prefill => Path::Prefill,
+        };
+        if self.path.is_empty() { vec![None] } else { self.path.iter().map(path).map(Some).collect() }
+    }
+
     pub(crate) fn ceilings(&self) -> Option<Ceilings> {
         match self.ceilings[..] {
             [read_tb_s, peak_tflop_s] => Some(Ceilings { read_tb_s, peak_tflop_s }),
@@ -273,6 +299,12 @@ mod tests {
         assert!(gpu(&["--adapters", "0", "--preset", "olmoe"]).problems().unwrap()[0].sets.is_empty());
         assert!(gpu(&["--preset", "gpt-5"]).problems().unwrap_err().to_string().contains("qwen3-30b"));
         assert!(gpu(&["--tp-shard", "5"]).problems().is_err() && gpu(&["--tokens", "0"]).problems().is_err());
+    }
+
+    #[test]
+    fn paths() {
+        assert_eq!(gpu(&[]).paths(), [None]);
+        assert_eq!(gpu(&["--path", "decode,prefill"]).paths(), [Some(Path::Decode), Some(Path::Prefill)]);
     }
 
     #[test]

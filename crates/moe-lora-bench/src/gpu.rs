@@ -16,7 +16,7 @@ use layer::{Adapters, Layer, Most};
 use moe_lora_bench::{AdapterSet, Card, Routes, Row, Run, StageTime, Touched, draw_slots};
 use moe_lora_cuda::{Gpu, GpuError, Graph, Stream};
 use moe_lora_kernels::Format;
-use moe_lora_runner::raw::ForwardArgs;
+use moe_lora_runner::raw::{self, ForwardArgs, Path as Kernels};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -95,14 +95,23 @@ impl Bench<'_> {
             let slots = draw_slots(set, most.tokens, seed);
             layer.set_slots(self.stream, &slots)?;
             for &tokens in &problem.tokens {
-                for &num_slots in &sizes {
+                for (&num_slots, wanted) in
+                    sizes.iter().flat_map(|size| arguments.paths().into_iter().map(move |p| (size, p)))
+                {
                     let batch = Batch { routes: &routes, slots: &slots[..tokens] };
                     let args = layer.args(self.stream, &adapters, tokens, num_slots);
-                    let mut row = self.row(&layer, &adapters, &batch, &args, &mut checker)?;
+                    let path = match raw::path(self.gpu, &args, wanted) {
+                        Ok(path) => path,
+                        Err(_) if wanted.is_some() => continue,
+                        Err(error) => return Err(error.into()),
+                    };
+                    let mut row = self.row(&layer, &adapters, &batch, (&args, path), &mut checker)?;
+                    // Without a wanted path, that of the base may be another one.
+                    let key = (tokens, wanted.map(|path| path.to_string()));
                     if set.ranks.is_empty() {
-                        base_us.insert(tokens, row.us);
+                        base_us.insert(key.clone(), row.us);
                     }
-                    row.base_us = base_us.get(&tokens).copied();
+                    row.base_us = base_us.get(&key).copied();
                     println!("{row}");
                     self.run.rows.push(row);
                 }
@@ -116,16 +125,16 @@ impl Bench<'_> {
         layer: &Layer,
         adapters: &Adapters,
         batch: &Batch<'_>,
-        args: &ForwardArgs,
+        (args, path): (&ForwardArgs, Kernels),
         checker: &mut Checker,
     ) -> Result<Row> {
         let (stream, shape, set) = (self.stream, &layer.shape, &adapters.set);
         let tokens = batch.slots.len();
         stream.fill(&layer.out, 0, layer.out.bytes(), 0xff)?;
         for _ in 0..WARM_UPS {
-            self.forward(args)?;
+            self.forward(args, path)?;
         }
-        let graph = self.capture(args)?;
+        let graph = self.capture(args, path)?;
         graph.launch()?;
         stream.synchronize()?;
         let rel_err = match self.arguments.check_tokens {
@@ -153,6 +162,7 @@ impl Bench<'_> {
             us,
             floor_us: touched.floor_us(&self.run.card.ceilings),
             base_us: None,
+            path: path.to_string(),
             launches: graph.num_launches()?,
             rel_err,
             touched,
@@ -161,16 +171,16 @@ impl Bench<'_> {
     }
 
     #[allow(unsafe_code, reason = "the raw door")]
-    fn forward(&self, args: &ForwardArgs) -> Result<()> {
+    fn forward(&self, args: &ForwardArgs, path: Kernels) -> Result<()> {
         // SAFETY: `Layer::args` made them of buffers that live as long as the layer and its adapters, which outlive every
         // use of `args`; the table's matrices are of the layer's sizes and format, and one stream does all work.
-        unsafe { forward(self.gpu, args) }
+        unsafe { forward(self.gpu, args, Some(path)) }
     }
 
-    fn capture(&self, args: &ForwardArgs) -> Result<Graph> {
+    fn capture(&self, args: &ForwardArgs, path: Kernels) -> Result<Graph> {
         let mut failed = Ok(());
         let graph = self.stream.capture(|| {
-            failed = self.forward(args);
+            failed = self.forward(args, path);
             Ok::<(), GpuError>(())
         });
         failed?;

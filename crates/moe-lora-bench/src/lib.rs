@@ -7,6 +7,7 @@ mod floor;
 mod plot;
 mod presets;
 mod rows;
+mod steps;
 mod traffic;
 mod work;
 
@@ -16,6 +17,7 @@ pub use floor::{Ceilings, Touched};
 pub use plot::{plots, plots_beside};
 pub use presets::{AdapterSet, OLMOE, PRESETS, Preset, TOKENS};
 pub use rows::{Card, Row, Run, StageTime, bands, geometric_mean};
+pub use steps::steps;
 pub use traffic::{Traffic, mixed_ranks_in, zipf};
 pub use work::{Work, count};
 

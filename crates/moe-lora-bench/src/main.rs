@@ -7,7 +7,7 @@ mod gpu;
 use anyhow::{Context, Result};
 use arguments::{Arguments, Command};
 use clap::Parser;
-use moe_lora_bench::{Peers, compare, plots, plots_beside};
+use moe_lora_bench::{Peers, compare, plots, plots_beside, steps};
 use serde::de::DeserializeOwned;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,6 +26,10 @@ fn main() -> Result<()> {
             for (name, svg) in files {
                 fs::write(folder.join(name), svg)?;
             }
+            Ok(())
+        }
+        Command::Steps { run } => {
+            print!("{}", steps(&read(&run)?));
             Ok(())
         }
         Command::Compare { run, peers } => {

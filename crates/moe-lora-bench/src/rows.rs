@@ -52,6 +52,9 @@ pub struct Row {
     pub floor_us: f64,
     /// Time of the plain layer for the same tokens, if it was timed.
     pub base_us: Option<f64>,
+    /// The kernels that ran: decode, portable or prefill. Empty in older runs.
+    #[serde(default)]
+    pub path: String,
     /// Kernel launches.
     pub launches: usize,
     /// Relative error of a few tokens against the f64 reference, if they were checked.
@@ -78,8 +81,8 @@ impl Row {
     #[must_use]
     pub fn header() -> String {
         format!(
-            "{:<16} {:>5} {:>3} {:>3} {:>8} {:>6} {:>8} {:>7} {:>9} {:>10} {:>11}",
-            "model", "T", "L", "R", "us", "share", "TFLOP/s", "GB/s", "launches", "over base", "rel. error"
+            "{:<16} {:>5} {:>3} {:>3} {:>8} {:>6} {:>8} {:>7} {:>9} {:>9} {:>10} {:>11}",
+            "model", "T", "L", "R", "us", "share", "TFLOP/s", "GB/s", "path", "launches", "over base", "rel. error"
         )
     }
 
@@ -96,7 +99,7 @@ impl fmt::Display for Row {
             self.base_us.filter(|_| self.adapters > 0).map(|base| format!("{:+.1} %", 100.0 * (self.us / base - 1.0)));
         write!(
             f,
-            "{:<16} {:>5} {:>3} {:>3} {:>8.1} {:>5.1}% {:>8.1} {:>7.0} {:>9} {:>10} {:>11}",
+            "{:<16} {:>5} {:>3} {:>3} {:>8.1} {:>5.1}% {:>8.1} {:>7.0} {:>9} {:>9} {:>10} {:>11}",
             self.model,
             self.tokens,
             self.adapters,
@@ -105,6 +108,7 @@ impl fmt::Display for Row {
             100.0 * self.share(),
             self.touched.flops as f64 / self.us * 1e-6,
             self.touched.bytes as f64 / self.us * 1e-3,
+            self.path,
             self.launches,
             over.unwrap_or_default(),
             self.rel_err.map_or_else(String::new, |e| format!("{e:.2e}")),
@@ -170,6 +174,7 @@ pub(crate) mod tests {
             us,
             floor_us: us / 2.0,
             base_us: Some(0.8 * us),
+            path: "portable".to_owned(),
             launches: 6,
             rel_err: Some(2.5e-3),
             touched: Touched::default(),

@@ -4,7 +4,7 @@ use crate::{DeviceInfo, GpuError, Stream};
 use cudarc::driver::sys::{self, CUlaunchAttributeID as Id};
 use cudarc::driver::{CudaContext, CudaFunction};
 use cudarc::nvrtc::Ptx;
-use moe_lora_kernels::{Family, Format, Kernel, KernelParams, Launch};
+use moe_lora_kernels::{ClusterAlignParams, Family, Format, Kernel, KernelParams, Launch};
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -15,6 +15,8 @@ pub struct Kernels {
     functions: Vec<Option<CudaFunction>>,
     /// Whether the GPU knows programmatic launches.
     programmatic: bool,
+    /// Blocks of the largest cluster that can align.
+    align_cluster: u32,
 }
 
 impl Kernels {
@@ -44,7 +46,15 @@ impl Kernels {
                 .map_err(|e| GpuError::driver("granting shared memory", e))?;
             functions.push(Some(function));
         }
-        Ok(Self { functions, programmatic: info.compute_capability >= (9, 0) })
+        let align = functions[Kernel::ClusterAlign.index()].as_ref();
+        let align_cluster = align.map_or(0, |function| largest_cluster(function, info.shared_bytes_per_block));
+        Ok(Self { functions, programmatic: info.compute_capability >= (9, 0), align_cluster })
+    }
+
+    /// Blocks of the largest cluster of [`ClusterAlignParams`] that the GPU can run; 0 if it has no such kernel.
+    #[must_use]
+    pub const fn align_cluster(&self) -> u32 {
+        self.align_cluster
     }
 
     /// The handle of a kernel, for callers that launch themselves; none if it is not for this GPU.
@@ -115,6 +125,36 @@ impl Kernels {
         };
         GpuError::check(P::kernel(format).symbol(), result)
     }
+}
+
+/// Lets clusters be larger than every GPU promises to run, and asks whether this one runs them. If not, 8 blocks.
+fn largest_cluster(function: &CudaFunction, shared_bytes: u32) -> u32 {
+    let most = ClusterAlignParams::MOST_BLOCKS;
+    let allowed = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+    let dimension = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: most, y: 1, z: 1 };
+    let mut cluster = sys::CUlaunchAttribute {
+        id: Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { clusterDim: dimension },
+    };
+    let config = sys::CUlaunchConfig {
+        gridDimX: most,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: 1024,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared_bytes.min(Kernel::ClusterAlign.most_shared_bytes()),
+        hStream: std::ptr::null_mut(),
+        attrs: &raw mut cluster,
+        numAttrs: 1,
+    };
+    let mut clusters = 0;
+    let fits = function.set_attribute(allowed, 1).is_ok()
+        // SAFETY: the function is loaded, and the driver reads the configuration and writes one number.
+        && unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut clusters, function.cu_function(), &raw const config) }
+            == sys::CUresult::CUDA_SUCCESS;
+    if fits && clusters > 0 { most } else { 8 }
 }
 
 fn empty_attribute() -> sys::CUlaunchAttribute {

@@ -6,7 +6,11 @@ mod support;
 use fastrand::Rng;
 use moe_lora_cuda::{GpuError, testing};
 use moe_lora_kernels::{DeviceSegment, Format, Kernel, PrefillGateUpParams, RowTile, TopkParams};
-use support::{Batch, Sizes, upload};
+use support::{Aligner, Batch, Sizes, upload};
+
+fn cases() -> usize {
+    std::env::var("MOE_LORA_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(usize::MAX)
+}
 
 struct Draw {
     sizes: Sizes,
@@ -58,29 +62,44 @@ fn align_is_a_stable_sort_and_its_lists_cover_every_row() -> Result<(), GpuError
     let Some(gpu) = testing::gpu("align") else { return Ok(()) };
     let stream = gpu.stream()?;
     let mut rng = Rng::with_seed(11);
-    let mut sizes = vec![(1, 1, 1, 0), (1, 8, 128, 8), (7, 2, 3, 1), (2048, 8, 64, 8), (4096, 8, 1024, 64)];
-    sizes.extend([(300, 4, 32, 2000), (131_072, 8, 256, 60), (1000, 8, 1024, 1_500_000), (8192, 8, 8, 1023)]);
+    // The first ones take every kernel one way or other: sanitizers are slow, `MOE_LORA_CASES` limits the number of cases.
+    let mut sizes = vec![(33, 8, 128, 8), (700, 2, 64, 3), (1, 1, 1, 0), (1, 8, 128, 8), (7, 2, 3, 1)];
+    sizes.extend([(2048, 8, 64, 8), (4096, 8, 1024, 64), (300, 4, 32, 2000), (131_072, 8, 256, 60)]);
+    sizes.extend([(1000, 8, 1024, 1_500_000), (8192, 8, 8, 1022), (8192, 8, 8, 1023), (8192, 8, 256, 60)]);
+    sizes.extend([(1500, 8, 1024, 1000), (9, 2, 8, 600), (257, 8, 128, 8), (8191, 2, 8, 8)]);
     sizes.extend((0..40).map(|_| {
         let experts = 1 + rng.usize(0..200);
         (1 + rng.usize(0..600), 1 + rng.usize(0..experts.min(8)), experts, rng.usize(0..20))
     }));
-    for (tokens, top_k, experts, slots) in sizes {
+    let mut seen = [0; 3];
+    for (tokens, top_k, experts, slots) in sizes.into_iter().take(cases()) {
         let draw = Draw::new(&mut rng, tokens, top_k, experts, slots);
         let name = format!("T {tokens} k {top_k} E {experts} L {slots}");
         let batch = Batch::new(&gpu, &stream, &draw.sizes, tokens)?;
         batch.set(&stream, &vec![0; tokens * 8], &draw.ids, &draw.weights, &draw.slots, &draw.active)?;
         let few = gpu.kernels().function(Kernel::DecodeAlign).is_some() && tokens <= 256 && tokens * top_k <= 2048;
-        for (tile_rows, decode) in
-            [(0, false), (0, false), (PrefillGateUpParams::TILE_ROWS, false), (16, true), (64, true)]
-        {
-            if decode && !few {
+        let cluster = batch.fits_cluster(&gpu, &draw.sizes);
+        for (aligner, tile_rows) in [
+            (Aligner::Portable, 0),
+            (Aligner::Portable, 0),
+            (Aligner::Portable, PrefillGateUpParams::TILE_ROWS),
+            (Aligner::Cluster, 0),
+            (Aligner::Cluster, PrefillGateUpParams::TILE_ROWS),
+            (Aligner::Decode, 16),
+            (Aligner::Decode, 64),
+        ] {
+            if (aligner == Aligner::Decode && !few) || (aligner == Aligner::Cluster && !cluster) {
                 continue;
             }
+            let name = format!("{name}, {aligner:?}");
             batch.poison(&stream)?;
-            batch.align(&gpu, &stream, &draw.sizes, true, tile_rows, decode)?;
-            check(&draw, &batch, &stream, tile_rows as usize, decode, &name)?;
+            batch.align(&gpu, &stream, &draw.sizes, true, tile_rows, aligner)?;
+            check(&draw, &batch, &stream, tile_rows as usize, aligner == Aligner::Decode, &name)?;
+            seen[aligner as usize] += 1;
         }
     }
+    let hopper = gpu.kernels().function(Kernel::ClusterAlign).is_some();
+    assert!(seen.iter().all(|&cases| cases > 0) || !hopper, "every kernel has its cases: {seen:?}");
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use moe_lora_cuda::{DeviceBuffer, Gpu, Stream};
 use moe_lora_kernels::{Format, NoiseParams, PeakParams, ReadParams};
 use moe_lora_runner::RunnerError;
-use moe_lora_runner::raw::{self, ForwardArgs};
+use moe_lora_runner::raw::{self, ForwardArgs, Path};
 
 /// Rows of noise, zero from a column on.
 #[derive(Debug, Clone, Copy)]
@@ -110,12 +110,12 @@ pub(super) unsafe fn forward_exchanging(
     Ok(launched?)
 }
 
-/// One forward through the raw door.
+/// One forward through the raw door, on a path or the fastest.
 ///
 /// # Safety
-/// As [`raw::forward`].
-pub(super) unsafe fn forward(gpu: &Gpu, args: &ForwardArgs) -> Result<()> {
+/// As [`raw::forward_on`].
+pub(super) unsafe fn forward(gpu: &Gpu, args: &ForwardArgs, path: Option<Path>) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { raw::forward(gpu, args) }?;
+    unsafe { raw::forward_on(gpu, args, path) }?;
     Ok(())
 }

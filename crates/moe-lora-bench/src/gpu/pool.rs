@@ -177,7 +177,7 @@ impl<'a> PoolBench<'a> {
         (args.adapters, args.slot_active, args.max_rank) = (table.entries, table.active, self.rank as u32);
         #[allow(unsafe_code, reason = "the raw door")]
         // SAFETY: layer, pool and lease live until the last replay is done; the tokens use the leased slot alone.
-        let graph = stream.capture(|| unsafe { forward(self.gpu, &args) })?;
+        let graph = stream.capture(|| unsafe { forward(self.gpu, &args, None) })?;
         let alone = times(&stream, &graph)?;
         let (end, swaps) = (AtomicBool::new(false), AtomicUsize::new(0));
         let beside = std::thread::scope(|scope| {

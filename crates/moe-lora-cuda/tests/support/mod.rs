@@ -7,9 +7,9 @@ use moe_lora_cuda::{
     DeviceBuffer, Gpu, GpuError, Layout, Stream, decode_down, decode_gate_up, prefill_down, prefill_gate_up,
 };
 use moe_lora_kernels::{
-    AdapterEntry, AlignParams, BatchSizes, CombineParams, DecodeAlignParams, DecodeDownParams, DecodePlan,
-    DeviceSegment, DownParams, Format, GateUpParams, Kernel, PrefillGateUpParams, RouteBounds, RouteCounts, RowTile,
-    ShrinkParams,
+    AdapterEntry, AlignParams, BatchSizes, ClusterAlignParams, CombineParams, DecodeAlignParams, DecodeDownParams,
+    DecodePlan, DeviceSegment, DownParams, Format, GateUpParams, Kernel, PrefillGateUpParams, RouteBounds, RouteCounts,
+    RowTile, ShrinkParams,
 };
 use moe_lora_reference::random::Case;
 
@@ -156,7 +156,7 @@ impl Batch {
         sizes: &Sizes,
         lora: bool,
         tile_rows: u32,
-        decode: bool,
+        aligner: Aligner,
     ) -> Result<(), GpuError> {
         let params = AlignParams {
             topk_ids: self.address(self.at.ids),
@@ -182,15 +182,49 @@ impl Batch {
             all_experts: sizes.all_experts as u32,
             reserved: 0,
         };
-        if decode {
-            let params = DecodeAlignParams(params);
-            // SAFETY: see below.
-            return unsafe { gpu.kernels().launch(stream, Format::Bf16, &params, params.launch()) };
+        let kernels = gpu.kernels();
+        let cluster = ClusterAlignParams(params);
+        // SAFETY, for every launch: every address is a part of `memory`, laid out for these sizes.
+        match (aligner, cluster.launch(kernels.align_cluster())) {
+            (Aligner::Decode, _) => {
+                let params = DecodeAlignParams(params);
+                // SAFETY: see above.
+                unsafe { kernels.launch(stream, Format::Bf16, &params, params.launch()) }
+            }
+            // SAFETY: see above.
+            (Aligner::Cluster, Some(launch)) => unsafe { kernels.launch(stream, Format::Bf16, &cluster, launch) },
+            _ => {
+                let launch = params.launch(gpu.info().sm_count);
+                // SAFETY: see above.
+                unsafe { kernels.launch(stream, Format::Bf16, &params, launch) }
+            }
         }
-        let launch = params.launch(gpu.info().sm_count);
-        // SAFETY: every address is a part of `memory`, laid out for these sizes.
-        unsafe { gpu.kernels().launch(stream, Format::Bf16, &params, launch) }
     }
+
+    /// Whether one cluster can align this batch on this GPU.
+    pub fn fits_cluster(&self, gpu: &Gpu, sizes: &Sizes) -> bool {
+        let params = AlignParams {
+            token_slots: 1,
+            num_tokens: self.tokens as u32,
+            top_k: sizes.top_k as u32,
+            num_experts: sizes.experts as u32,
+            num_slots: sizes.slots as u32,
+            ..Default::default()
+        };
+        let most_blocks = gpu.kernels().align_cluster();
+        most_blocks > 0 && ClusterAlignParams(params).launch(most_blocks).is_some()
+    }
+}
+
+/// The kernel that makes the lists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Aligner {
+    /// That of every GPU.
+    Portable,
+    /// By one cluster of blocks.
+    Cluster,
+    /// By one block, for few tokens.
+    Decode,
 }
 
 /// The kernels that a layer runs on.
@@ -348,7 +382,12 @@ impl Layer {
                     (Path::Prefill, _) => PrefillGateUpParams::TILE_ROWS,
                     (Path::Decode, plan) => plan.map_or(0, |plan| plan.tile_rows),
                 };
-                batch.align(gpu, stream, s, lora, tile_rows, self.path == Path::Decode)
+                let aligner = match self.path {
+                    Path::Decode => Aligner::Decode,
+                    _ if batch.fits_cluster(gpu, s) => Aligner::Cluster,
+                    _ => Aligner::Portable,
+                };
+                batch.align(gpu, stream, s, lora, tile_rows, aligner)
             }
             Stage::ShrinkGateUp | Stage::ShrinkDown if !lora || plan.is_some() => Ok(()),
             Stage::Combine if plan.is_some() => Ok(()),

@@ -17,13 +17,14 @@ const fn most_pairs(max_rank: u32) -> u64 {
     }
 }
 
-/// The plan of a batch that takes this path: a function of sizes, layout and GPU, never of routing or adapters.
+/// The plan of a batch that these launches can run: a function of sizes, layout and GPU, never of routing or adapters.
 pub(super) fn plan(gpu: &Gpu, format: Format, args: &ForwardArgs) -> Option<DecodePlan> {
     let loaded = gpu.kernels().function(Kernel::DecodeGateUp(format)).is_some();
-    (loaded && args.up > args.gate && few_rows(args)).then(|| DecodePlan::new(&sizes(args), gpu.info().sm_count))?
+    (loaded && args.up > args.gate).then(|| DecodePlan::new(&sizes(args), gpu.info().sm_count))?
 }
 
-fn few_rows(args: &ForwardArgs) -> bool {
+/// Whether they are fastest where they can run.
+pub(super) fn few_rows(args: &ForwardArgs) -> bool {
     let pairs = u64::from(args.num_tokens) * u64::from(args.top_k);
     pairs <= most_pairs(args.max_rank).min(MOST_ROWS * u64::from(args.num_experts))
 }

@@ -1,14 +1,14 @@
 //! The launches of one layer, from the raw door's struct.
 #![allow(unsafe_code, reason = "kernels check nothing; why each launch is sound is said where it is")]
 
+use super::path::{Kernels, Path};
 use super::raw::{DTYPE_F16, DTYPE_F32, ForwardArgs, check_sizes};
 use super::workspace::Workspace;
-use super::{decode, prefill};
 use crate::RunnerError;
 use moe_lora_core::{AdapterPart, InputError, LayerShape};
 use moe_lora_cuda::{Gpu, GpuError, Stream, prefill_down, prefill_gate_up};
 use moe_lora_kernels::{
-    AlignParams, CombineParams, DecodePlan, DownParams, Format, GateUpParams, KernelParams, Launch,
+    AlignParams, ClusterAlignParams, CombineParams, DownParams, Format, GateUpParams, KernelParams, Launch,
     PrefillGateUpParams, RouteCounts, ShrinkParams, SplitParams,
 };
 
@@ -42,12 +42,24 @@ pub fn workspace_bytes(
 /// token's slot and expert select must be of a rank up to `args.max_rank`, with matrices for these sizes in `args.dtype`.
 /// `args.stream` must be a stream of `gpu`'s primary context. A captured forward promises the same for every replay.
 pub unsafe fn forward(gpu: &Gpu, args: &ForwardArgs) -> Result<(), RunnerError> {
+    // SAFETY: the caller's promise.
+    unsafe { forward_on(gpu, args, None) }
+}
+
+/// [`forward`] on a path of the caller's choice, for tests and benchmarks; `None` takes the fastest one.
+///
+/// # Errors
+/// As [`forward`], and if the path cannot run this batch on this GPU.
+///
+/// # Safety
+/// As [`forward`].
+pub unsafe fn forward_on(gpu: &Gpu, args: &ForwardArgs, path: Option<Path>) -> Result<(), RunnerError> {
     if args.adapter_parts > 1 {
         let expected = "at most 1; `forward_exchanging` takes parts";
         return Err(InputError::new(args.adapter_parts.to_string(), expected).in_tensor("adapter_parts").into());
     }
     // SAFETY: the caller's promise.
-    unsafe { forward_exchanging(gpu, args, |_, _| Ok(())) }
+    unsafe { Call::new(gpu, args, path) }?.launch(&mut |_, _| Ok(()))
 }
 
 /// [`forward`] of a rank with parts of fully sharded adapters, in nine launches and with two exchanges. `exchange(offset, count)`
@@ -67,8 +79,20 @@ pub unsafe fn forward_exchanging<E: From<RunnerError>>(
     mut exchange: impl FnMut(usize, usize) -> Result<(), E>,
 ) -> Result<(), E> {
     // SAFETY: the caller's promise.
-    let call = unsafe { Call::new(gpu, args) }?;
-    call.launch(&mut exchange)
+    unsafe { Call::new(gpu, args, None) }?.launch(&mut exchange)
+}
+
+/// The path that [`forward_on`] takes: for `None` the one that was seen to be fastest for such sizes on such a GPU.
+///
+/// # Errors
+/// As [`forward_on`].
+pub fn path(gpu: &Gpu, args: &ForwardArgs, path: Option<Path>) -> Result<Path, InputError> {
+    args.check()?;
+    Ok(Kernels::of(gpu, format(args), args, path)?.path())
+}
+
+const fn format(args: &ForwardArgs) -> Format {
+    if args.dtype == DTYPE_F16 { Format::F16 } else { Format::Bf16 }
 }
 
 /// A forward that was checked.
@@ -80,10 +104,7 @@ pub(super) struct Call<'a> {
     /// A multiple of 8.
     max_rank: u32,
     pub(super) format: Format,
-    /// The launches for few tokens, not those of every GPU.
-    decode: Option<DecodePlan>,
-    /// Hopper's products for many rows, not the portable ones.
-    prefill: bool,
+    kernels: Kernels,
     /// Of fully sharded adapters.
     part: AdapterPart,
 }
@@ -93,7 +114,7 @@ impl<'a> Call<'a> {
     ///
     /// # Safety
     /// As [`forward_exchanging`].
-    unsafe fn new(gpu: &'a Gpu, args: &'a ForwardArgs) -> Result<Self, RunnerError> {
+    unsafe fn new(gpu: &'a Gpu, args: &'a ForwardArgs, path: Option<Path>) -> Result<Self, RunnerError> {
         let shape = args.check()?;
         let (tokens, slots) = (args.num_tokens as usize, args.num_slots as usize);
         let max_rank = (args.max_rank as usize).next_multiple_of(8);
@@ -106,12 +127,9 @@ impl<'a> Call<'a> {
         }
         // SAFETY: the caller's promise; the borrowed handle is dropped before the caller's function returns.
         let stream = unsafe { gpu.borrow_stream(args.stream as usize as _) };
-        let format = if args.dtype == DTYPE_F16 { Format::F16 } else { Format::Bf16 };
-        let part = shape.adapter_part;
-        // The kernels of Hopper take whole adapters.
-        let prefill = part.is_whole() && prefill::suits(gpu, format, args);
-        let decode = if part.is_whole() { decode::plan(gpu, format, args) } else { None };
-        Ok(Self { gpu, stream, args, workspace, max_rank: max_rank as u32, format, decode, prefill, part })
+        let format = format(args);
+        let kernels = Kernels::of(gpu, format, args, path)?;
+        Ok(Self { gpu, stream, args, workspace, max_rank: max_rank as u32, format, kernels, part: shape.adapter_part })
     }
 
     /// The kernels, in order.
@@ -123,7 +141,7 @@ impl<'a> Call<'a> {
                 counts => self.zero(counts, size_of::<RouteCounts>()),
             });
         }
-        if let Some(plan) = &self.decode {
+        if let Kernels::Decode(plan) = &self.kernels {
             return given(self.launch_decode(plan));
         }
         given(self.launch_to_gate_up())?;
@@ -149,12 +167,7 @@ impl<'a> Call<'a> {
     /// Align, and shrink for gate and up.
     fn launch_to_gate_up(&self) -> Result<(), GpuError> {
         let (sm_count, bounds) = (self.gpu.info().sm_count, &self.workspace.bounds);
-        let align = self.align();
-        let launch = align.launch(sm_count);
-        if launch.cooperative {
-            self.zero(align.barrier, size_of::<u32>())?;
-        }
-        self.give(&align, launch)?;
+        self.launch_align()?;
         if self.lora() {
             if !self.part.is_whole() {
                 // What other parts have of A, they will add.
@@ -171,7 +184,7 @@ impl<'a> Call<'a> {
         let (sm_count, bounds) = (self.gpu.info().sm_count, &self.workspace.bounds);
         self.split(2)?;
         let gate_up = self.gate_up();
-        if self.prefill {
+        if self.prefill() {
             let gate_up = prefill_gate_up(self.format, gate_up)?;
             self.give(&gate_up, gate_up.launch(sm_count))?;
         } else {
@@ -189,7 +202,7 @@ impl<'a> Call<'a> {
         let (sm_count, bounds) = (self.gpu.info().sm_count, &self.workspace.bounds);
         self.split(1)?;
         let down = self.down();
-        if self.prefill {
+        if self.prefill() {
             let down = prefill_down(self.format, down)?;
             self.give(&down, down.launch(sm_count))?;
         } else {
@@ -208,7 +221,7 @@ impl<'a> Call<'a> {
             counts: self.counts(),
             shrunk: self.at(self.workspace.shrunk),
             stride: projections * self.max_rank,
-            octets: u32::from(self.prefill),
+            octets: u32::from(self.prefill()),
         };
         self.give(&split, split.launch(&self.workspace.bounds, self.gpu.info().sm_count))
     }
@@ -216,6 +229,22 @@ impl<'a> Call<'a> {
     /// Numbers from row to row of the down projection's S: what is exchanged has no gaps.
     const fn down_stride(&self) -> u32 {
         if self.part.is_whole() { 2 * self.max_rank } else { self.max_rank }
+    }
+
+    /// By one cluster on Hopper, if the batch fits into its shared memory, else by as many blocks as it needs.
+    fn launch_align(&self) -> Result<(), GpuError> {
+        let read = self.args.weigh_input == 1;
+        let align =
+            AlignParams { row_weight: if read { self.at(self.workspace.row_weight) } else { 0 }, ..self.align() };
+        let (cluster, most_blocks) = (ClusterAlignParams(align), self.gpu.kernels().align_cluster());
+        if let Some(launch) = cluster.launch(most_blocks).filter(|_| most_blocks > 0) {
+            return self.give(&cluster, launch);
+        }
+        let launch = align.launch(self.gpu.info().sm_count);
+        if launch.cooperative {
+            self.zero(align.barrier, size_of::<u32>())?;
+        }
+        self.give(&align, launch)
     }
 
     pub(super) fn give<P: KernelParams>(&self, params: &P, launch: Launch) -> Result<(), GpuError> {
@@ -231,6 +260,11 @@ impl<'a> Call<'a> {
 
     pub(super) const fn at(&self, offset: usize) -> u64 {
         self.args.workspace + offset as u64
+    }
+
+    /// Whether Hopper's products for many rows run, and not the portable ones.
+    const fn prefill(&self) -> bool {
+        matches!(self.kernels, Kernels::Prefill)
     }
 
     const fn adapters(&self) -> u64 {
@@ -262,7 +296,7 @@ impl<'a> Call<'a> {
             top_k: args.top_k,
             num_experts: args.num_experts,
             num_slots: args.num_slots,
-            tile_rows: if self.prefill { PrefillGateUpParams::TILE_ROWS } else { 0 },
+            tile_rows: if self.prefill() { PrefillGateUpParams::TILE_ROWS } else { 0 },
             first_expert: args.first_expert,
             all_experts: args.all_experts,
             reserved: 0,
@@ -279,7 +313,7 @@ impl<'a> Call<'a> {
             num_experts: self.args.num_experts,
             max_rank: self.max_rank,
             shrunk_stride: 2 * self.max_rank,
-            octets: u32::from(self.prefill),
+            octets: self.prefill() as u32,
             ..Default::default()
         }
     }

@@ -3,6 +3,7 @@
 mod decode;
 mod graph;
 mod launch;
+mod path;
 mod prefill;
 pub mod raw;
 mod runner;

@@ -9,21 +9,21 @@ const LEAST_ROWS: u64 = 24;
 /// Rows times numbers of an expert matrix: the smallest batch measured has twice this. Less is done in microseconds either way.
 const LEAST_WORK: u64 = 1 << 30;
 
-/// Whether the batch takes this path: a function of sizes, activation, layout and GPU, never of routing or adapters.
-pub(super) fn suits(gpu: &Gpu, format: Format, args: &ForwardArgs) -> bool {
-    let loaded = gpu.kernels().function(Kernel::PrefillGateUp(format)).is_some();
-    let matrix = u64::from(args.hidden_size) * u64::from(args.intermediate_size);
-    loaded && fits(args) && many_rows(args.num_tokens, args.top_k, args.num_experts, matrix)
+/// Whether these products can run the batch: a function of activation, layout and GPU.
+pub(super) fn fits(gpu: &Gpu, format: Format, args: &ForwardArgs) -> bool {
+    gpu.kernels().function(Kernel::PrefillGateUp(format)).is_some() && known(args)
 }
 
-/// What the kernels can compute: the activations they know, and up behind gate, as one tensor map reaches both.
-const fn fits(args: &ForwardArgs) -> bool {
+/// What they can compute: the activations they know, and up behind gate, as one tensor map reaches both.
+const fn known(args: &ForwardArgs) -> bool {
     matches!(args.activation, ACTIVATION_SILU | ACTIVATION_CLAMPED_SWIGLU) && args.up > args.gate
 }
 
-fn many_rows(num_tokens: u32, top_k: u32, num_experts: u32, matrix: u64) -> bool {
-    let rows = u64::from(num_tokens) * u64::from(top_k);
-    rows >= LEAST_ROWS * u64::from(num_experts) && rows.saturating_mul(matrix) >= LEAST_WORK
+/// Whether they are fastest where they can run: a function of sizes, never of routing or adapters.
+pub(super) fn many_rows(args: &ForwardArgs) -> bool {
+    let rows = u64::from(args.num_tokens) * u64::from(args.top_k);
+    let matrix = u64::from(args.hidden_size) * u64::from(args.intermediate_size);
+    rows >= LEAST_ROWS * u64::from(args.num_experts) && rows.saturating_mul(matrix) >= LEAST_WORK
 }
 
 #[cfg(test)]
@@ -32,25 +32,28 @@ mod tests {
 
     #[test]
     fn experts_with_many_rows_take_this_path() {
+        let many = |num_tokens, [num_experts, top_k, hidden_size, intermediate_size]: [u32; 4]| {
+            let sizes = ForwardArgs { num_experts, top_k, hidden_size, intermediate_size, ..Default::default() };
+            many_rows(&ForwardArgs { num_tokens, ..sizes })
+        };
         // Qwen3-30B, DeepSeek-V3 TP8, Mixtral.
-        for (top_k, experts, matrix, least) in
-            [(8, 128, 2048 * 768, 384), (8, 256, 7168 * 256, 768), (2, 8, 4096 * 14336, 96)]
-        {
-            assert!(!many_rows(least - 1, top_k, experts, matrix) && many_rows(least, top_k, experts, matrix));
+        for (shape, least) in [([128, 8, 2048, 768], 384), ([256, 8, 7168, 256], 768), ([8, 2, 4096, 14336], 96)] {
+            assert!(!many(least - 1, shape) && many(least, shape));
         }
-        assert!(many_rows(u32::MAX, 8, 1024, u64::MAX) && !many_rows(0, 8, 1, u64::MAX));
+        assert!(many(u32::MAX, [1024, 8, u32::MAX, u32::MAX]) && !many(0, [1, 8, u32::MAX, u32::MAX]));
         // Small layers stay where they are.
-        assert!(!many_rows(1024, 2, 8, 512 * 512) && many_rows(4096, 1, 2, 512 * 512));
+        assert!(!many(1024, [8, 2, 512, 512]) && many(4096, [2, 1, 512, 512]));
     }
 
     #[test]
     fn layers_that_the_kernels_do_not_know_stay_portable() {
         let args = ForwardArgs { hidden_size: 64, intermediate_size: 64, ..Default::default() };
-        assert!(fits(&args.with_w13(4096, false)) && fits(&args.with_w13(4096, true)));
-        assert!(!fits(&ForwardArgs { gate: 8192, up: 4096, ..args }));
-        for (activation, known) in [(ACTIVATION_SILU, true), (1, false), (2, false), (ACTIVATION_CLAMPED_SWIGLU, true)]
+        assert!(known(&args.with_w13(4096, false)) && known(&args.with_w13(4096, true)));
+        assert!(!known(&ForwardArgs { gate: 8192, up: 4096, ..args }));
+        for (activation, expected) in
+            [(ACTIVATION_SILU, true), (1, false), (2, false), (ACTIVATION_CLAMPED_SWIGLU, true)]
         {
-            assert_eq!(fits(&ForwardArgs { activation, ..args.with_w13(4096, false) }), known);
+            assert_eq!(known(&ForwardArgs { activation, ..args.with_w13(4096, false) }), expected);
         }
     }
 }

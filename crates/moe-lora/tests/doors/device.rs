@@ -206,6 +206,14 @@ impl<T: Number> OnDevice<T> {
         unsafe { raw::forward(&self.gpu, &self.args(lora)) }.unwrap();
     }
 
+    /// The same for other arguments, on a path or the fastest, into NaN.
+    pub(crate) fn run(&mut self, args: &ForwardArgs, path: Option<raw::Path>) -> Vec<T> {
+        self.poison();
+        // SAFETY: as above.
+        unsafe { raw::forward_on(&self.gpu, args, path) }.unwrap();
+        self.output()
+    }
+
     /// The same as a graph.
     pub(crate) fn capture(&self, lora: bool) -> Graph {
         // Before the capture: asking cudarc for an address makes the stream wait for what wrote there.

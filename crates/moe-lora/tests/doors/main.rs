@@ -52,7 +52,9 @@ fn agree<T: Number>(device: &Device) {
                 "raw and safe: {what}"
             );
             let base = engine.raw(false);
-            assert!(base == engine.sliced(false).unwrap(), "raw and cudarc, base only: {what}");
+            // Without adapters slices know of no ranks, by which kernels are chosen.
+            let plain = raw::ForwardArgs { max_rank: 0, ..engine.args(false) };
+            assert!(engine.run(&plain, None) == engine.sliced(false).unwrap(), "raw and cudarc, base only: {what}");
             for (t, slot) in case.token_slots.iter().enumerate().filter(|(_, slot)| **slot < 0) {
                 assert!(found[t * 256..][..256] == base[t * 256..][..256], "base token {t} of slot {slot}: {what}");
             }
@@ -111,6 +113,38 @@ fn what_does_not_fit_is_named_before_anything_runs() {
     assert!(refused(|a| a.max_rank += 1).starts_with("workspace_bytes: found"));
     assert!(refused(|a| a.out = a.hidden).starts_with("out: found"));
     assert!(raw::workspace_bytes(&gpu, &LayerShape::new(2, 2, 12, 8).unwrap(), 1, 1, 8).is_err());
+}
+
+/// Whatever is fastest, every path can be asked for, and computes the layer.
+#[test]
+fn every_path_computes_the_layer_or_is_refused() {
+    let Some(gpu) = testing::gpu("paths") else { return };
+    for (tokens, activation) in [(48, Activation::Silu), (300, Activation::Silu), (20, Activation::Gelu)] {
+        let case = CaseSpec { activation, ..spec(tokens, DType::Bf16) }.build(tokens as u64);
+        let table = case.table();
+        let truth = moe_lora::reference::forward(&case.input_with(&table)).unwrap();
+        let mut device = OnDevice::<bf16>::new(&gpu, &case, 6, MAX_RANK);
+        let fastest = raw::path(&gpu, &device.args(true), None).unwrap();
+        let found = device.raw(true);
+        for path in [raw::Path::Decode, raw::Path::Portable, raw::Path::Prefill] {
+            let args = device.args(true);
+            if let Err(error) = raw::path(&gpu, &args, Some(path)) {
+                // SAFETY: nothing is launched.
+                let refused = unsafe { raw::forward_on(&gpu, &args, Some(path)) }.unwrap_err();
+                assert!(refused.to_string() == error.to_string() && error.to_string().starts_with("path: found"));
+                assert!(path != raw::Path::Portable && path != fastest, "{path}");
+                continue;
+            }
+            let out = device.run(&args, Some(path));
+            assert!(path != fastest || out == found, "{path} is the fastest");
+            let values: Vec<f64> = out.iter().map(|v| v.to_f64()).collect();
+            let error = relative_error(&values, &truth);
+            assert!(error <= 3.3e-3, "{path}, {tokens} tokens: {error:e}");
+        }
+        let runs = |path| raw::path(&gpu, &device.args(true), Some(path)).is_ok();
+        assert!(!(runs(raw::Path::Decode) && tokens > 256));
+        assert!(!(runs(raw::Path::Prefill) && activation == Activation::Gelu));
+    }
 }
 
 /// One captured forward against eager ones: other tokens, routing and adapters at the same addresses, NaN in everything that
