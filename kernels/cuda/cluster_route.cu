@@ -114,15 +114,18 @@ extern "C" __global__ void __launch_bounds__(1024) moe_lora_cluster_align(const 
     const Divider by_top_k(p.top_k), by_tokens(tokens_each);
     const auto arrived = [&](uint32_t which) { return shared_address(&s.arrived[which]); };
 
-    if (thread < kArrivals) {
-        mbarrier_init(arrived(thread), 1);
-        fence_mbarrier_init();
-        const uint32_t others = (blocks - 1) * 4;
-        if (thread != kRows) {
-            mbarrier_expect(arrived(thread), thread == kSlotCounts     ? others * slot_words
-                                             : thread == kExpertCounts ? others * expert_words
-                                             : thread == kTokens       ? tokens_here * 8
-                                                                       : blocks * 16);
+    if (warp == 0) {
+        if (lane < kArrivals) {
+            mbarrier_init(arrived(lane), 1);
+            fence_mbarrier_init();
+        }
+        __syncwarp();
+        if (lane < kArrivals && lane != kRows) {
+            const uint32_t others = (blocks - 1) * 4;
+            mbarrier_expect(arrived(lane), lane == kSlotCounts     ? others * slot_words
+                                           : lane == kExpertCounts ? others * expert_words
+                                           : lane == kTokens       ? tokens_here * 8
+                                                                   : blocks * 16);
         }
     }
     if (thread == 0) s.bad_slots = s.all_tiles = 0;

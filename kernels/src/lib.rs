@@ -7,7 +7,8 @@
 //! packaged images.
 //!
 //! One layer is, in this order: [`AlignParams`] (after [`TopkParams`], if the experts are chosen here), [`ShrinkParams`] for
-//! gate and up, [`GateUpParams`], [`ShrinkParams`] for down, [`DownParams`], [`CombineParams`].
+//! gate and up, [`GateUpParams`], [`ShrinkParams`] for down, [`DownParams`], [`CombineParams`]. [`ClusterAlignParams`] makes what
+//! [`AlignParams`] makes, on Hopper, where the batch fits.
 //!
 //! # Example
 //!

@@ -48,9 +48,10 @@ CONFIGS = {
         num_experts_per_tok=2, norm_topk_prob=True, attention_bias=True, max_position_embeddings=96,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6}, eos_token_id=0, bos_token_id=None,
     ),
-    # One norm over all heads, clipped queries, keys and values, head tied to the embedding, stretched positions.
+    # One norm over all heads, clipped queries, keys and values, head tied to the embedding, stretched positions. The widths of
+    # both are multiples of 8, as kernels on GPUs ask for.
     "olmoe": transformers.OlmoeConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False, clip_qkv=1.5,
         max_position_embeddings=96, tie_word_embeddings=True,
         rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
@@ -75,7 +76,7 @@ PROMPTS = [
     "When several experts\nanswer at once, the miller counts", "It doesn't rest: the mill's weights are 42.",
     "The old mill routes every sack, and every sack brings its own token past the river; the others sing of low rank.",
     "Grüße, naïve café!", "x", "An adapter of an adapter of an adapter", "weights weights weights", "slowly, slowly",
-    "Sing!  Two   spaces", "42 sacks",
+    "Sing!  Two   spaces", "42 sacks", "The miller rests", "routes", "An expert's answer: forty-two", "every river sings",
 ]
 
 

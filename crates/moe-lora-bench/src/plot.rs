@@ -81,7 +81,8 @@ fn chart(title: &str, logarithmic: bool, series: &[Series]) -> String {
     let decades = (least.max(1.0).log10().floor(), most(|p| p.1).log10().ceil());
     let [left, top, right, bottom] = MARGINS;
     let (width, height) = (WIDTH - left - right, HEIGHT - top - bottom);
-    let x = |tokens: f64| left + width * tokens.log2() / most(|p| p.0).log2().max(1.0);
+    let first = points().map(|p| p.0).fold(f64::INFINITY, f64::min).log2();
+    let x = |tokens: f64| left + width * (tokens.log2() - first) / (most(|p| p.0).log2() - first).max(1.0);
     let y = |value: f64| {
         let part = match logarithmic {
             true => (value.max(1e-3).log10() - decades.0) / (decades.1 - decades.0).max(1.0),
@@ -109,6 +110,9 @@ fn chart(title: &str, logarithmic: bool, series: &[Series]) -> String {
     let mut tokens: Vec<f64> = points().map(|p| p.0).collect();
     tokens.sort_by(f64::total_cmp);
     tokens.dedup();
+    if tokens.len() > 12 {
+        tokens.retain(|tokens| tokens.log2().fract() == 0.0);
+    }
     for tokens in tokens {
         svg += &line(x(tokens), top, x(tokens), top + height);
         let _ = writeln!(

@@ -19,7 +19,7 @@ pub(crate) enum Command {
     Forward(Forward),
     /// Generate text with a whole model (Qwen3-MoE, OLMoE), each prompt with its own adapter, all in one batch
     Generate(Generate),
-    /// Say what a checkpoint or an adapter is, or why it is refused
+    /// Say what a checkpoint or an adapter is, or why it is refused; with --pool, what adapters take side by side
     Inspect(Inspect),
     /// List processors and GPUs, and why a GPU cannot be used
     Devices(Devices),
@@ -118,6 +118,12 @@ pub(crate) struct Inspect {
     /// PEFT adapter folder
     #[arg(long, value_name = "DIR")]
     pub(crate) adapter: Option<PathBuf>,
+    /// Load an adapter into a pool in host memory and say what that holds in the end; may be repeated
+    #[arg(long, value_name = "NAME=DIR", requires = "model", conflicts_with = "adapter")]
+    pub(crate) pool: Vec<NamedAdapter>,
+    /// Memory of that pool, in MiB; the least recently loaded go when it is full
+    #[arg(long, value_name = "MIB", default_value_t = 4096, requires = "pool")]
+    pub(crate) adapter_memory: usize,
     /// direct or transposed: which way round target_parameters tensors are, where neither shapes nor peft_version tell
     #[arg(long, value_name = "LAYOUT", value_parser = expert_layout)]
     pub(crate) expert_layout: Option<ExpertLayout>,

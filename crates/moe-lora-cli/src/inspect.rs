@@ -1,7 +1,8 @@
-//! `moe-lora inspect`: what a checkpoint or an adapter is, or why it is refused.
+//! `moe-lora inspect`: what a checkpoint or an adapter is, or why it is refused; what adapters take in a pool.
 
 mod adapter;
 mod model;
+mod pool;
 
 use crate::args::Inspect;
 use crate::table::print_fields;
@@ -11,6 +12,9 @@ use serde_json::{Map, Value};
 
 pub(crate) fn run(args: &Inspect) -> Result<()> {
     let model = args.model.as_ref().map(Checkpoint::open).transpose()?;
+    if let (false, Some(model)) = (args.pool.is_empty(), &model) {
+        return pool::print(args, model);
+    }
     let facts = match &args.adapter {
         Some(dir) => adapter::facts(dir, args.expert_layout, model.as_ref())?,
         None => model.as_ref().map(model::facts).transpose()?.unwrap_or_default(),

@@ -289,7 +289,19 @@ fn inspect_says_what_things_are() {
     let facts = stdout(&moe_lora(&["inspect", "--adapter", &adapter, "--json"]));
     assert!(serde_json::from_str::<Value>(&facts).unwrap()["r"].as_u64().is_some(), "{facts}");
     let facts = stdout(&moe_lora(&["inspect", "--adapter", &adapter, "--model", &model, "--json"]));
-    assert!(serde_json::from_str::<Value>(&facts).unwrap()["pool_bytes"].as_u64().unwrap() > 0, "{facts}");
+    let bytes = serde_json::from_str::<Value>(&facts).unwrap()["pool_bytes"].as_u64().unwrap();
+    assert!(bytes > 0, "{facts}");
+
+    let twice = [format!("a={adapter}"), format!("b={adapter}")];
+    let args = ["inspect", "--model", &model, "--pool", &twice[0], "--pool", &twice[1]];
+    assert!(stdout(&moe_lora(&args)).contains("2 loaded, 0 evicted"));
+    let dump: Value = serde_json::from_str(&stdout(&moe_lora(&[&args[..], &["--json"]].concat()))).unwrap();
+    assert_eq!((dump["used_bytes"].as_u64(), dump["adapters"][1]["name"].as_str()), (Some(2 * bytes), Some("b")));
+    assert!(
+        refused(&args[..5].iter().map(|a| if *a == model { "/nowhere" } else { a }).collect::<Vec<_>>(), 2)
+            .contains("/nowhere")
+    );
+    assert!(refused(&[&args[..], &["--adapter-memory", "0"]].concat(), 2).contains("PoolConfig::bytes: found 0"));
 }
 
 #[test]

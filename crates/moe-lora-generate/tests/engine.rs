@@ -8,7 +8,7 @@ use moe_lora::PoolConfig;
 use moe_lora_generate::{
     Completion, Engine, Event, Finish, Options, Prompt, Request, RequestError, RequestId, Sampling,
 };
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 fn engine(family: &str, options: Options) -> Engine {
@@ -227,6 +227,60 @@ fn pool_bytes(family: &str, adapter: &str) -> usize {
     engine.submit(Request { max_tokens: 1, ..Request::new(Prompt::Tokens(vec![5]), Some(adapter)) });
     Results::default().run(&mut engine);
     engine.statistics().pool_bytes
+}
+
+/// Eight texts run, and a ninth comes with an adapter that nobody has read yet: each of the eight gets a token at every step,
+/// at the one that asks for the adapter, while it is read, and while the ninth prompt is, in pieces that fit beside them.
+#[test]
+fn a_new_adapter_costs_running_texts_no_step() {
+    const STEP: usize = 24;
+    let all = golden("qwen3_moe");
+    let mut engine = engine("qwen3_moe", options(16, STEP));
+
+    let mut running = HashSet::new();
+    for golden in all.iter().cycle().take(8) {
+        let first = Prompt::Tokens(golden.prompt_tokens[..2].to_vec());
+        running.insert(engine.submit(Request { max_tokens: 90, ..Request::new(first, Some("experts")) }));
+    }
+    // All events of one step; the eight, as long as they run, each with one token.
+    let step = |engine: &mut Engine, running: &mut HashSet<RequestId>| {
+        let events = engine.step().unwrap();
+        let mut served: Vec<_> = events
+            .iter()
+            .filter_map(|e| if let Event::Token { id, .. } = e { Some(*id) } else { None })
+            .filter(|id| running.contains(id))
+            .collect();
+        served.sort_unstable();
+        let ended =
+            |id: &RequestId| events.iter().any(|e| matches!(e, Event::Finished { id: other, .. } if other == id));
+        let mut want: Vec<_> = running.iter().copied().collect();
+        want.sort_unstable();
+        running.retain(|id| !ended(id));
+        (events, served == want)
+    };
+    while !step(&mut engine, &mut running).1 {}
+    let prompt = Prompt::Tokens((0..40).map(|i| 5 + 7 * i % 300).collect());
+    let prompts = engine.statistics().prompt_tokens;
+    let ninth = engine.submit(Request { max_tokens: 2, ..Request::new(prompt, Some("everything")) });
+    // The step that asks for the adapter does not wait for it.
+    let (events, served) = step(&mut engine, &mut running);
+    assert!(served && !events.iter().any(|e| matches!(e, Event::Loaded { .. })));
+    let texts = running.len();
+    assert!(texts >= 4, "only {texts} of the eight still run");
+    let mut pieces = 0;
+    loop {
+        let before = engine.statistics().prompt_tokens;
+        let (events, served) = step(&mut engine, &mut running);
+        assert!(served || running.is_empty());
+        let read = engine.statistics().prompt_tokens - before;
+        assert!(read <= (STEP - running.len().min(texts)) as u64, "{read} tokens of a prompt beside {texts} texts");
+        pieces += u32::from(read > 0);
+        if events.iter().any(|e| matches!(e, Event::Token { id, .. } if *id == ninth)) {
+            break;
+        }
+    }
+    assert_eq!(engine.statistics().prompt_tokens, prompts + 40);
+    assert!((2..=3).contains(&pieces), "{pieces} pieces of a prompt of 40 tokens");
 }
 
 #[test]

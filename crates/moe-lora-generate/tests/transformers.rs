@@ -3,65 +3,17 @@
 
 mod common;
 
+use common::feed::feed;
 use common::{FAMILIES, Golden, Model, golden};
-use moe_lora_generate::{KvCache, Part};
-
-/// A sequence that is fed what transformers chose.
-struct Fed<'a> {
-    golden: &'a Golden,
-    all: Vec<u32>,
-    cache: KvCache,
-    logits: Vec<f32>,
-}
-
-impl<'a> Fed<'a> {
-    fn new(model: &Model, golden: &'a Golden) -> Self {
-        let mut all = golden.prompt_tokens.clone();
-        all.extend(&golden.tokens[..golden.tokens.len() - 1]);
-        Self { cache: model.decoder.new_cache(all.len()), all, golden, logits: Vec::new() }
-    }
-
-    /// Tokens to the end of the prompt, at most `most`; then one by one.
-    fn next(&self, most: usize) -> usize {
-        let (done, prompt) = (self.cache.len(), self.golden.prompt_tokens.len());
-        if done < prompt { (prompt - done).min(most) } else { usize::from(done < self.all.len()) }
-    }
-}
-
-/// Feeds all sequences together, prompts in pieces of `most`.
-fn feed<'a>(model: &Model, all: &'a [Golden], most: usize) -> Vec<Fed<'a>> {
-    let mut fed: Vec<_> = all.iter().map(|golden| Fed::new(model, golden)).collect();
-    loop {
-        let steps: Vec<_> = fed.iter().map(|f| (f.cache.len(), f.next(most))).collect();
-        let mut parts = Vec::new();
-        let mut asked = Vec::new();
-        for (f, (done, n)) in fed.iter_mut().zip(steps).filter(|(_, (_, n))| *n > 0) {
-            let logits = done + n >= f.golden.prompt_tokens.len();
-            let adapter = model.adapter(f.golden.adapter.as_deref());
-            parts.push(Part { tokens: &f.all[done..done + n], cache: &mut f.cache, adapter, logits });
-            if logits {
-                asked.push(&mut f.logits);
-            }
-        }
-        if parts.is_empty() {
-            return fed;
-        }
-        let output = model.decoder.forward(&mut parts).unwrap();
-        assert!(output.broken.iter().all(|broken| !broken));
-        let vocab = model.decoder.config().vocab_size;
-        assert_eq!(output.logits.len(), asked.len() * vocab);
-        asked.into_iter().zip(output.logits.chunks(vocab)).for_each(|(to, from)| to.extend_from_slice(from));
-    }
-}
+use moe_lora::Device;
+use moe_lora_generate::Part;
 
 #[test]
 fn logits_are_those_of_transformers_and_peft() {
     for family in FAMILIES {
-        let (model, all) = (Model::open(family), golden(family));
+        let (model, all) = (Model::open(family, &Device::cpu()), golden(family));
         for fed in feed(&model, &all, usize::MAX) {
-            assert_eq!(fed.logits.len(), fed.golden.logits.len());
-            let pairs = fed.logits.iter().zip(&fed.golden.logits);
-            let worst = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let worst = fed.worst();
             let Golden { prompt, adapter, .. } = fed.golden;
             assert!(worst < 1e-3, "{family}, {prompt:?} with {adapter:?}: {worst:e}");
         }
@@ -71,7 +23,7 @@ fn logits_are_those_of_transformers_and_peft() {
 #[test]
 fn bits_do_not_depend_on_the_batch_or_on_how_prompts_are_cut() {
     for family in FAMILIES {
-        let (model, all) = (Model::open(family), golden(family));
+        let (model, all) = (Model::open(family, &Device::cpu()), golden(family));
         let together = feed(&model, &all, usize::MAX);
         let pieces = feed(&model, &all, 3);
         for (i, (a, b)) in together.iter().zip(&pieces).enumerate() {
@@ -85,7 +37,7 @@ fn bits_do_not_depend_on_the_batch_or_on_how_prompts_are_cut() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let model = Model::open("olmoe");
+    let model = Model::open("olmoe", &Device::cpu());
     let mut cache = model.decoder.new_cache(4);
     let mut run = |tokens: &[u32]| {
         let mut part = [Part { tokens, cache: &mut cache, adapter: None, logits: true }];

@@ -1,6 +1,8 @@
 //! The fixtures: `xtask/golden/whole.py` says what they are.
 #![allow(dead_code, reason = "every test file uses its part")]
 
+pub(crate) mod feed;
+
 use moe_lora::adapter::LinearAdapters;
 use moe_lora::{AdapterId, AdapterPool, Checkpoint, Device, Limits, PeftAdapter, PoolConfig};
 use moe_lora_generate::{Decoder, PartAdapter};
@@ -53,11 +55,11 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    pub(crate) fn open(family: &str) -> Self {
+    pub(crate) fn open(family: &str, device: &Device) -> Self {
         let checkpoint = Checkpoint::open(folder().join(family)).unwrap();
-        let pool = AdapterPool::new(&Device::cpu(), checkpoint.shape(), PoolConfig::default()).unwrap();
+        let pool = AdapterPool::new(device, checkpoint.shape(), PoolConfig::default()).unwrap();
         let limits = Limits { max_tokens: 24, max_rank: 8 };
-        let decoder = Decoder::new(&checkpoint, &Device::cpu(), &pool, limits, |_, _| ()).unwrap();
+        let decoder = Decoder::new(&checkpoint, device, &pool, limits, |_, _| ()).unwrap();
         let load = |name: &&str| {
             let adapter = PeftAdapter::open(adapter_dir(family, name)).unwrap();
             let id = pool.load(name, adapter.resolve(checkpoint.shape()).unwrap()).unwrap();

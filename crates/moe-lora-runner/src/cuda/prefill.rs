@@ -4,8 +4,15 @@ use super::raw::{ACTIVATION_CLAMPED_SWIGLU, ACTIVATION_SILU, ForwardArgs};
 use moe_lora_cuda::Gpu;
 use moe_lora_kernels::{Format, Kernel};
 
-/// Rows of an expert, on average, from which these products are faster: see docs/kernels.md.
-const LEAST_ROWS: u64 = 24;
+/// Rows of an expert, on average, from which these products are faster, by the largest rank that is configured: see docs/kernels.md.
+const fn least_rows(max_rank: u32) -> u64 {
+    match max_rank {
+        0 => 16,
+        1..=32 => 12,
+        _ => 24,
+    }
+}
+
 /// Rows times numbers of an expert matrix: the smallest batch measured has twice this. Less is done in microseconds either way.
 const LEAST_WORK: u64 = 1 << 30;
 
@@ -23,7 +30,7 @@ const fn known(args: &ForwardArgs) -> bool {
 pub(super) fn many_rows(args: &ForwardArgs) -> bool {
     let rows = u64::from(args.num_tokens) * u64::from(args.top_k);
     let matrix = u64::from(args.hidden_size) * u64::from(args.intermediate_size);
-    rows >= LEAST_ROWS * u64::from(args.num_experts) && rows.saturating_mul(matrix) >= LEAST_WORK
+    rows >= least_rows(args.max_rank) * u64::from(args.num_experts) && rows.saturating_mul(matrix) >= LEAST_WORK
 }
 
 #[cfg(test)]
@@ -32,17 +39,19 @@ mod tests {
 
     #[test]
     fn experts_with_many_rows_take_this_path() {
-        let many = |num_tokens, [num_experts, top_k, hidden_size, intermediate_size]: [u32; 4]| {
+        let many = |num_tokens, max_rank, [num_experts, top_k, hidden_size, intermediate_size]: [u32; 4]| {
             let sizes = ForwardArgs { num_experts, top_k, hidden_size, intermediate_size, ..Default::default() };
-            many_rows(&ForwardArgs { num_tokens, ..sizes })
+            many_rows(&ForwardArgs { num_tokens, max_rank, ..sizes })
         };
         // Qwen3-30B, DeepSeek-V3 TP8, Mixtral.
-        for (shape, least) in [([128, 8, 2048, 768], 384), ([256, 8, 7168, 256], 768), ([8, 2, 4096, 14336], 96)] {
-            assert!(!many(least - 1, shape) && many(least, shape));
+        for (shape, least) in [([128, 8, 2048, 768], 256), ([256, 8, 7168, 256], 512), ([8, 2, 4096, 14336], 64)] {
+            for (max_rank, least) in [(0, least), (16, least / 4 * 3), (64, least / 2 * 3)] {
+                assert!(!many(least - 1, max_rank, shape) && many(least, max_rank, shape), "{shape:?} {max_rank}");
+            }
         }
-        assert!(many(u32::MAX, [1024, 8, u32::MAX, u32::MAX]) && !many(0, [1, 8, u32::MAX, u32::MAX]));
+        assert!(many(u32::MAX, 0, [1024, 8, u32::MAX, u32::MAX]) && !many(0, 0, [1, 8, u32::MAX, u32::MAX]));
         // Small layers stay where they are.
-        assert!(!many(1024, [8, 2, 512, 512]) && many(4096, [2, 1, 512, 512]));
+        assert!(!many(1024, 0, [8, 2, 512, 512]) && many(4096, 0, [2, 1, 512, 512]));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use moe_lora_core::LayerShape;
 use moe_lora_cuda::Layout;
 use moe_lora_kernels::{AlignParams, DeviceSegment, RouteBounds, RouteCounts, RowTile};
 
-/// Expert outputs stay f32 until the sum as long as they take no more than this: then they stay in the GPU's cache.
+/// Expert outputs may stay f32 until the sum as long as they take no more than this: then they stay in the GPU's cache.
 const MOST_F32_ROWS: usize = 16 << 20;
 
 /// Offsets of the parts, each a multiple of 256. No part shrinks when a size grows, so the workspace of the largest batch
