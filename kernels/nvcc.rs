@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs, io};
 
 /// The kernel families: one source file and one image each.
-pub(crate) const FAMILIES: [&str; 13] = [
+pub(crate) const FAMILIES: [&str; 14] = [
     "route",
     "shrink",
     "gate_up",
@@ -15,6 +15,7 @@ pub(crate) const FAMILIES: [&str; 13] = [
     "combine",
     "measure",
     "peak",
+    "prefill_shrink",
     "prefill_gate_up",
     "prefill_down",
     "cluster_route",
@@ -24,8 +25,15 @@ pub(crate) const FAMILIES: [&str; 13] = [
 ];
 
 /// Families for Hopper alone: machine code for `sm_90a` and no PTX; empty images if that is not among the architectures.
-pub(crate) const HOPPER: [&str; 6] =
-    ["prefill_gate_up", "prefill_down", "cluster_route", "decode_route", "decode_gate_up", "decode_down"];
+pub(crate) const HOPPER: [&str; 7] = [
+    "prefill_shrink",
+    "prefill_gate_up",
+    "prefill_down",
+    "cluster_route",
+    "decode_route",
+    "decode_gate_up",
+    "decode_down",
+];
 
 /// Variables that decide what is built.
 pub(crate) const VARIABLES: [&str; 4] = ["NVCC", "CUDA_HOME", "MOE_LORA_CUDA_ARCHS", "MOE_LORA_FATBIN_DIR"];

@@ -158,6 +158,25 @@ struct SplitParams {
 };
 static_assert(sizeof(SplitParams) == 24, "SplitParams");
 
+// The same for many rows (sm_90a), from segments; in octets.
+struct PrefillShrinkParams {
+    uint64_t input;     // [*, K]
+    uint64_t row_pair;  // u32 [rows]: input row = row_pair / top_k; 0: input row = row
+    uint64_t segments;  // Segment
+    uint64_t counts;    // RouteCounts
+    uint64_t adapters;  // AdapterEntry [L, E, 3]
+    uint64_t shrunk;    // [rows, shrunk_stride] of 4 bytes, out
+    uint32_t top_k;
+    uint32_t num_experts;
+    uint32_t width;             // K
+    uint32_t first_projection;  // 0: gate, then up; 2: down
+    uint32_t num_projections;   // 2 or 1
+    uint32_t max_rank;          // multiple of 8; projection p starts at column p * max_rank
+    uint32_t shrunk_stride;
+    uint32_t reserved;
+};
+static_assert(sizeof(PrefillShrinkParams) == 80, "PrefillShrinkParams");
+
 // h = act(W_gate x + B S, W_up x + B S) for every row.
 struct GateUpParams {
     uint64_t hidden;       // [T, H]

@@ -5,7 +5,7 @@
 //
 // A block takes 128 features and the tokens of one RowTile of up to 256 rows: tile/grouped.cuh. Rows leave in 128-byte pieces
 // through shared memory, f32 rows in 32-byte pieces from registers.
-// Cost: 2 H I flops a row at the tensor cores' rate; weights from memory once a kTilesTogether tiles, tokens H / 128 times from L2.
+// Cost: 2 H I flops a row at the tensor cores' rate; weights from memory about once a kTilesTogether tiles, tokens H / 128 times from L2.
 // Limits: sm_90a; H, I multiples of 8; grid: one block an SM, of kGroupedThreads; kGroupedShared bytes of dynamic shared memory.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #include "tile/grouped.cuh"

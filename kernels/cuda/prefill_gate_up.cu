@@ -6,7 +6,7 @@
 //
 // A block takes 64 features and the tokens of one RowTile of up to 256 rows: tile/grouped.cuh. Activation in registers, h leaves
 // through shared memory in 64-byte pieces. h is rounded once.
-// Cost: 4 H I flops a row at the tensor cores' rate; weights from memory once a kTilesTogether tiles, tokens I / 64 times from L2.
+// Cost: 4 H I flops a row at the tensor cores' rate; weights from memory about once a kTilesTogether tiles, tokens I / 64 times from L2.
 // Limits: sm_90a; H, I multiples of 8; activations SiLU and clamped SwiGLU; grid: one block an SM, of kGroupedThreads;
 // kGroupedShared bytes of dynamic shared memory.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)

@@ -2,7 +2,7 @@
 
 use crate::{
     AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, NoiseParams, PeakParams, PrefillDownParams,
-    PrefillGateUpParams, ReadParams, ShrinkParams, SplitParams, TopkParams,
+    PrefillGateUpParams, PrefillShrinkParams, ReadParams, ShrinkParams, SplitParams, TopkParams,
 };
 
 /// `kTileRows`.
@@ -27,6 +27,10 @@ const SPLIT_THREADS: u64 = 256;
 pub(crate) const PRODUCT_SHARED: u32 = 96 * 1024 + 128 * 24;
 /// `kGroupedShared`.
 pub(crate) const GROUPED_SHARED: u32 = 1024 + 4 * (128 * 128 + 256 * 128) + 8 * 36 + 2 * 16384 + 256 * 4 + 4;
+/// `kPiecesShared`: the ring, and for each of 4 pieces ahead 1072 bytes and two barriers, for each of 24 stages two barriers.
+pub(crate) const PIECES_SHARED: u32 = 1024 + 216 * 1024 + 4 * (1072 + 16) + 24 * 16;
+/// `kPiecesThreads`.
+const PIECES_THREADS: u32 = 17 * 32;
 /// `kMeasureThreads`.
 const MEASURE_THREADS: u32 = 512;
 /// `kPeakThreads`.
@@ -184,6 +188,14 @@ impl DownParams {
     }
 }
 
+impl PrefillShrinkParams {
+    /// One block an SM, each with as much of the work.
+    #[must_use]
+    pub fn launch(&self, sm_count: u32) -> Launch {
+        Launch::new([sm_count, 1, 1], PIECES_THREADS, PIECES_SHARED)
+    }
+}
+
 impl PrefillGateUpParams {
     /// Rows of a tile, [`AlignParams::tile_rows`] of the batch.
     pub const TILE_ROWS: u32 = 256;
@@ -285,6 +297,7 @@ mod tests {
             include_str!("../cuda/params.cuh"),
             include_str!("../cuda/route.cu"),
             include_str!("../cuda/shrink.cu"),
+            include_str!("../cuda/prefill_shrink.cu"),
             include_str!("../cuda/combine.cu"),
             include_str!("../cuda/measure.cu"),
             include_str!("../cuda/peak.cu"),
@@ -318,6 +331,13 @@ mod tests {
             format!("kSplitThreads = {SPLIT_THREADS};"),
             "kCombineThreads = 128;".to_owned(),
             "kWeightRows = 128;".to_owned(),
+            "kPiecesThreads = (8 + kCopyWarps + 1) * 32;".to_owned(),
+            "kCopyWarps = 8;".to_owned(),
+            "kPiecesShared = 1024 + kPiecesRing + sizeof(PiecesShared);".to_owned(),
+            "kPiecesRing = 216 * 1024;".to_owned(),
+            "kPiecesAhead = 4;".to_owned(),
+            "kPiecesStages = 24;".to_owned(),
+            "static_assert(sizeof(Piece) == 1072".to_owned(),
             "kGroupedThreads = 384;".to_owned(),
             "kGroupedStages = 8;".to_owned(),
             "kGroupedTokens = 256;".to_owned(),

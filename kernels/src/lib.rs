@@ -31,7 +31,8 @@ pub use decode::{BatchSizes, DecodeAlignParams, DecodeDownParams, DecodeGateUpPa
 pub use launch::{Launch, RouteBounds};
 pub use params::{
     AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams,
-    PrefillDownParams, PrefillGateUpParams, ReadParams, ShrinkParams, SplitParams, TensorMap, TopkParams,
+    PrefillDownParams, PrefillGateUpParams, PrefillShrinkParams, ReadParams, ShrinkParams, SplitParams, TensorMap,
+    TopkParams,
 };
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
@@ -61,6 +62,8 @@ pub enum Family {
     Measure,
     /// How fast the tensor cores multiply.
     Peak,
+    /// The narrow half of LoRA where there are many rows, on Hopper.
+    PrefillShrink,
     /// Gate and up where experts have many rows, on Hopper.
     PrefillGateUp,
     /// Down likewise.
@@ -77,7 +80,7 @@ pub enum Family {
 
 impl Family {
     /// All families, in the order of use; those for Hopper alone come last.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Route,
         Self::Shrink,
         Self::GateUp,
@@ -85,6 +88,7 @@ impl Family {
         Self::Combine,
         Self::Measure,
         Self::Peak,
+        Self::PrefillShrink,
         Self::PrefillGateUp,
         Self::PrefillDown,
         Self::ClusterRoute,
@@ -98,7 +102,8 @@ impl Family {
     pub const fn hopper(self) -> bool {
         matches!(
             self,
-            Self::PrefillGateUp
+            Self::PrefillShrink
+                | Self::PrefillGateUp
                 | Self::PrefillDown
                 | Self::ClusterRoute
                 | Self::DecodeRoute
@@ -118,6 +123,7 @@ impl Family {
             Self::Combine => "combine",
             Self::Measure => "measure",
             Self::Peak => "peak",
+            Self::PrefillShrink => "prefill_shrink",
             Self::PrefillGateUp => "prefill_gate_up",
             Self::PrefillDown => "prefill_down",
             Self::ClusterRoute => "cluster_route",
@@ -138,6 +144,7 @@ impl Family {
             Self::Combine => include_bytes!(concat!(env!("OUT_DIR"), "/combine.fatbin")),
             Self::Measure => include_bytes!(concat!(env!("OUT_DIR"), "/measure.fatbin")),
             Self::Peak => include_bytes!(concat!(env!("OUT_DIR"), "/peak.fatbin")),
+            Self::PrefillShrink => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_shrink.fatbin")),
             Self::PrefillGateUp => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_gate_up.fatbin")),
             Self::PrefillDown => include_bytes!(concat!(env!("OUT_DIR"), "/prefill_down.fatbin")),
             Self::ClusterRoute => include_bytes!(concat!(env!("OUT_DIR"), "/cluster_route.fatbin")),
@@ -196,13 +203,15 @@ pub enum Kernel {
     DecodeGateUp(Format),
     /// `moe_lora_decode_down_*`.
     DecodeDown(Format),
+    /// `moe_lora_prefill_shrink_*`.
+    PrefillShrink(Format),
     /// `moe_lora_split_*`.
     Split(Format),
 }
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 29] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -228,6 +237,8 @@ impl Kernel {
         Self::DecodeGateUp(Format::F16),
         Self::DecodeDown(Format::Bf16),
         Self::DecodeDown(Format::F16),
+        Self::PrefillShrink(Format::Bf16),
+        Self::PrefillShrink(Format::F16),
         Self::Split(Format::Bf16),
         Self::Split(Format::F16),
     ];
@@ -255,7 +266,8 @@ impl Kernel {
             Self::DecodeAlign => 20,
             Self::DecodeGateUp(format) => 21 + second(format),
             Self::DecodeDown(format) => 23 + second(format),
-            Self::Split(format) => 25 + second(format),
+            Self::PrefillShrink(format) => 25 + second(format),
+            Self::Split(format) => 27 + second(format),
         }
     }
 
@@ -276,6 +288,7 @@ impl Kernel {
             Self::DecodeAlign => Family::DecodeRoute,
             Self::DecodeGateUp(_) => Family::DecodeGateUp,
             Self::DecodeDown(_) => Family::DecodeDown,
+            Self::PrefillShrink(_) => Family::PrefillShrink,
         }
     }
 
@@ -308,6 +321,8 @@ impl Kernel {
             Self::DecodeGateUp(Format::F16) => "moe_lora_decode_gate_up_f16",
             Self::DecodeDown(Format::Bf16) => "moe_lora_decode_down_bf16",
             Self::DecodeDown(Format::F16) => "moe_lora_decode_down_f16",
+            Self::PrefillShrink(Format::Bf16) => "moe_lora_prefill_shrink_bf16",
+            Self::PrefillShrink(Format::F16) => "moe_lora_prefill_shrink_f16",
             Self::Split(Format::Bf16) => "moe_lora_split_bf16",
             Self::Split(Format::F16) => "moe_lora_split_f16",
         }
@@ -323,6 +338,7 @@ impl Kernel {
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
             Self::Combine(_) | Self::Noise(_) | Self::Read | Self::Split(_) => 0,
             Self::Peak => launch::PEAK_SHARED,
+            Self::PrefillShrink(_) => launch::PIECES_SHARED,
             Self::PrefillGateUp(_) | Self::PrefillDown(_) => launch::GROUPED_SHARED,
             Self::DecodeAlign => decode::align_shared(launch::MOST_EXPERTS, 32),
             Self::ClusterAlign | Self::DecodeGateUp(_) | Self::DecodeDown(_) => decode::MOST_SHARED,

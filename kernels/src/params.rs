@@ -239,6 +239,63 @@ params!(
 );
 
 params!(
+    /// [`ShrinkParams`] for many rows, on Hopper, from segments.
+    PrefillShrinkParams, 80, Kernel::PrefillShrink, {
+        /// `[*, K]`.
+        input: u64,
+        /// u32 `[rows]`: input row = row_pair / top_k; 0: input row = row.
+        row_pair: u64,
+        /// Segment.
+        segments: u64,
+        /// RouteCounts.
+        counts: u64,
+        /// AdapterEntry `[L, E, 3]`.
+        adapters: u64,
+        /// `[rows, shrunk_stride]` of 4 bytes in octets, out.
+        shrunk: u64,
+        /// Experts a token uses, k.
+        top_k: u32,
+        /// Experts, E.
+        num_experts: u32,
+        /// K.
+        width: u32,
+        /// 0: gate, then up; 2: down.
+        first_projection: u32,
+        /// 2 for gate and up, 1 for down.
+        num_projections: u32,
+        /// Multiple of 8; projection p starts at column p * max_rank.
+        max_rank: u32,
+        /// Numbers from row to row of `shrunk`, a multiple of 8.
+        shrunk_stride: u32,
+        /// Nothing.
+        reserved: u32,
+    }
+);
+
+impl PrefillShrinkParams {
+    /// The same work as `shrink`'s, which knows it by chunks of these segments.
+    #[must_use]
+    pub const fn new(shrink: &ShrinkParams, segments: u64) -> Self {
+        Self {
+            input: shrink.input,
+            row_pair: shrink.row_pair,
+            segments,
+            counts: shrink.counts,
+            adapters: shrink.adapters,
+            shrunk: shrink.shrunk,
+            top_k: shrink.top_k,
+            num_experts: shrink.num_experts,
+            width: shrink.width,
+            first_projection: shrink.first_projection,
+            num_projections: shrink.num_projections,
+            max_rank: shrink.max_rank,
+            shrunk_stride: shrink.shrunk_stride,
+            reserved: 0,
+        }
+    }
+}
+
+params!(
     /// `h = act(W_gate x + B S, W_up x + B S)` for every row.
     GateUpParams, 160, Kernel::GateUp, {
         /// `[T, H]`.

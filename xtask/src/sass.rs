@@ -14,8 +14,17 @@ use std::{env, fs};
 /// Loads and stores of local memory.
 const LOCAL: [&str; 2] = ["LDL", "STL"];
 /// Families whose work is matrix products.
-const TENSOR_CORES: [&str; 8] =
-    ["shrink", "gate_up", "down", "peak", "prefill_gate_up", "prefill_down", "decode_gate_up", "decode_down"];
+const TENSOR_CORES: [&str; 9] = [
+    "shrink",
+    "gate_up",
+    "down",
+    "peak",
+    "prefill_shrink",
+    "prefill_gate_up",
+    "prefill_down",
+    "decode_gate_up",
+    "decode_down",
+];
 
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     ensure!(words.is_empty(), "sass takes no arguments");

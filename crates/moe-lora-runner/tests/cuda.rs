@@ -65,6 +65,21 @@ fn a_token_does_not_see_its_neighbours() {
     }
 }
 
+/// The same where there are so many pairs that Hopper shrinks them by segments.
+#[test]
+fn a_token_of_many_does_not_see_its_neighbours() {
+    let Some(device) = device().filter(|_| limit().is_none()) else { return };
+    let shape = LayerShape::new(8, 4, 256, 256).unwrap();
+    let adapters = [16, 64, 5].map(AdapterSpec::rank).to_vec();
+    let spec = CaseSpec { adapters, mix: AdapterMix::Runs, ..CaseSpec::new(shape, 5000).dtype(DType::Bf16) };
+    let case = spec.build(22);
+    let on_gpu = OnGpu::new(device, &case);
+    let all = on_gpu.forward(device, &case, true, 5000);
+    let tokens = 300..4700;
+    let alone = on_gpu.forward(device, &part(&case, tokens.clone()), true, 5000);
+    assert!(alone == all[tokens.start * shape.hidden_size..tokens.end * shape.hidden_size]);
+}
+
 fn adapters(count: usize, rank: usize) -> Vec<AdapterSpec> {
     vec![AdapterSpec::rank(rank); count]
 }

@@ -31,7 +31,13 @@ constexpr uint32_t kRingBytes = 4 * (kWeightStageBytes + kGroupedTokens * kTileR
 constexpr uint32_t kStagedBytes = 16384;  // of a consumer warpgroup: finished values on their way out
 constexpr int kGroupedShared =
     1024 + kRingBytes + kGroupedStages * (16 + 16 + 4) + 2 * kStagedBytes + kGroupedTokens * 4 + 4;
-constexpr int kTilesTogether = 8;  // whose feature blocks run side by side: tokens and weights of those stay in L2
+constexpr uint32_t kTilesTogether = 4;  // at most, whose feature blocks run side by side
+
+// How many tiles take turns, block of features by block of features. As few as keep about kTilesTogether of them running at once:
+// neighbours on the GPU then read the same tokens, and the tiles of an expert, which follow each other, still share its weights.
+__device__ __forceinline__ uint32_t tiles_together(uint32_t blocks, uint32_t running) {
+    return min(kTilesTogether, (kTilesTogether * blocks + running - 1) / running);
+}
 
 // Tokens of a product; a tile of more than 128 rows is two products.
 __device__ __forceinline__ uint32_t tile_halves(uint32_t rows) { return rows > 128 ? 2 : 1; }
@@ -291,19 +297,20 @@ struct Producer {
     }
 
 
-    // Tiles come with their blocks of features, kTilesTogether tiles side by side. While an item is on its way its successor is
+    // Tiles come with their blocks of features, some tiles side by side. While an item is on its way its successor is
     // claimed and looked up.
     __device__ __forceinline__ void run() {
         if (p.adapters() == 0) wait_for_previous_launch();
         const RouteCounts counts = *reinterpret_cast<const RouteCounts*>(p.counts());
         const uint32_t blocks = (p.features() + Problem::kFeatures - 1) / Problem::kFeatures;
         const uint32_t items = counts.num_tiles * blocks;
+        const uint32_t most_together = tiles_together(blocks, gridDim.x);
         const auto tile_of = [&](uint32_t item, uint32_t& first_feature) {
-            const uint32_t group = item / (kTilesTogether * blocks), within = item - group * (kTilesTogether * blocks);
-            const uint32_t together = min(static_cast<uint32_t>(kTilesTogether), counts.num_tiles - group * kTilesTogether);
+            const uint32_t group = item / (most_together * blocks), within = item - group * (most_together * blocks);
+            const uint32_t together = min(most_together, counts.num_tiles - group * most_together);
             const uint32_t block = within / together;
             first_feature = block * Problem::kFeatures;
-            return reinterpret_cast<const RowTile*>(p.tiles())[group * kTilesTogether + within - block * together];
+            return reinterpret_cast<const RowTile*>(p.tiles())[group * most_together + within - block * together];
         };
         // Blocks take items off one list. Each block comes too late once, and the last of them leaves zero.
         const auto claim = [&] { return thread == 0 ? atomicAdd(p.claimed(), 1) : 0; };

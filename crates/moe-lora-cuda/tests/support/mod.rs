@@ -8,8 +8,8 @@ use moe_lora_cuda::{
 };
 use moe_lora_kernels::{
     AdapterEntry, AlignParams, BatchSizes, ClusterAlignParams, CombineParams, DecodeAlignParams, DecodeDownParams,
-    DecodePlan, DeviceSegment, DownParams, Format, GateUpParams, Kernel, PrefillGateUpParams, RouteBounds, RouteCounts,
-    RowTile, ShrinkParams,
+    DecodePlan, DeviceSegment, DownParams, Format, GateUpParams, Kernel, PrefillGateUpParams, PrefillShrinkParams,
+    RouteBounds, RouteCounts, RowTile, ShrinkParams,
 };
 use moe_lora_reference::random::Case;
 
@@ -400,6 +400,11 @@ impl Layer {
                     num_projections: 2,
                     ..shrink
                 };
+                if self.path == Path::Prefill {
+                    let params = PrefillShrinkParams::new(&params, batch.address(at.segments));
+                    // SAFETY: see above.
+                    return unsafe { kernels.launch(stream, self.format, &params, params.launch(sm_count)) };
+                }
                 let launch = params.launch(&batch.bounds, sm_count);
                 // SAFETY: see above.
                 unsafe { kernels.launch(stream, self.format, &params, launch) }

@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "kernels check nothing; why each launch is sound is said where it is")]
 
 use super::path::{Kernels, Path};
+use super::prefill;
 use super::raw::{DTYPE_F16, DTYPE_F32, ForwardArgs, check_sizes};
 use super::workspace::Workspace;
 use crate::RunnerError;
@@ -9,7 +10,7 @@ use moe_lora_core::{AdapterPart, InputError, LayerShape};
 use moe_lora_cuda::{Gpu, GpuError, Stream, prefill_down, prefill_gate_up};
 use moe_lora_kernels::{
     AlignParams, ClusterAlignParams, CombineParams, DownParams, Format, GateUpParams, KernelParams, Launch,
-    PrefillGateUpParams, RouteCounts, ShrinkParams, SplitParams,
+    PrefillGateUpParams, PrefillShrinkParams, RouteCounts, ShrinkParams, SplitParams,
 };
 
 /// Bytes of workspace that suffice for every [`forward`] on `gpu` of a layer of these sizes with up to `max_tokens` tokens
@@ -174,7 +175,12 @@ impl<'a> Call<'a> {
                 self.zero(self.at(self.workspace.shrunk), self.shrunk_count(2) * size_of::<f32>())?;
             }
             let shrink = self.shrink_gate_up();
-            self.give(&shrink, shrink.launch(bounds, sm_count))?;
+            if self.prefill() && prefill::many_pairs(bounds.pairs) {
+                let shrink = PrefillShrinkParams::new(&shrink, self.at(self.workspace.segments));
+                self.give(&shrink, shrink.launch(sm_count))?;
+            } else {
+                self.give(&shrink, shrink.launch(bounds, sm_count))?;
+            }
         }
         Ok(())
     }

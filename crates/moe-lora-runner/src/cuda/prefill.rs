@@ -15,10 +15,17 @@ const fn least_rows(max_rank: u32) -> u64 {
 
 /// Rows times numbers of an expert matrix: the smallest batch measured has twice this. Less is done in microseconds either way.
 const LEAST_WORK: u64 = 1 << 30;
+/// (token, expert) pairs from which the shrink of Hopper is faster for gate and up, whose rows are gathered.
+const LEAST_PAIRS: u64 = 1 << 14;
 
 /// Whether these products can run the batch: a function of activation, layout and GPU.
 pub(super) fn fits(gpu: &Gpu, format: Format, args: &ForwardArgs) -> bool {
     gpu.kernels().function(Kernel::PrefillGateUp(format)).is_some() && known(args)
+}
+
+/// Whether such a batch shrinks for gate and up by segments, one block an SM, and not by chunks.
+pub(super) const fn many_pairs(pairs: u64) -> bool {
+    pairs >= LEAST_PAIRS
 }
 
 /// What they can compute: the activations they know, and up behind gate, as one tensor map reaches both.
