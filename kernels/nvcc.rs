@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs, io};
 
 /// The kernel families: one source file and one image each.
-pub(crate) const FAMILIES: [&str; 14] = [
+pub(crate) const FAMILIES: [&str; 15] = [
     "route",
     "shrink",
     "gate_up",
@@ -22,10 +22,11 @@ pub(crate) const FAMILIES: [&str; 14] = [
     "decode_route",
     "decode_gate_up",
     "decode_down",
+    "decode_layer",
 ];
 
 /// Families for Hopper alone: machine code for `sm_90a` and no PTX; empty images if that is not among the architectures.
-pub(crate) const HOPPER: [&str; 7] = [
+pub(crate) const HOPPER: [&str; 8] = [
     "prefill_shrink",
     "prefill_gate_up",
     "prefill_down",
@@ -33,6 +34,7 @@ pub(crate) const HOPPER: [&str; 7] = [
     "decode_route",
     "decode_gate_up",
     "decode_down",
+    "decode_layer",
 ];
 
 /// Variables that decide what is built.

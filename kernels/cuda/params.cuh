@@ -333,3 +333,51 @@ struct DecodeDownParams {
     uint32_t lora_units;   // most units of such a stage, up to 15
 };
 static_assert(sizeof(DecodeDownParams) == 320, "DecodeDownParams");
+
+// A whole layer in one launch, for up to 16 tokens and 128 pairs, on Hopper. H and I are multiples of 64. The launch before must be
+// DecodeClear for the same flags.
+struct DecodeLayerParams {
+    TensorMap gate_up;      // boxes of {64 k, 16 rows, 4 pieces of k, gate and up, expert}
+    TensorMap down;         // boxes of {64 k, down_features rows, down_pieces pieces of k, expert}
+    uint64_t hidden;        // [T, H]
+    uint64_t topk_ids;      // i32 [T, k]
+    uint64_t topk_weights;  // f32 [T, k]
+    uint64_t token_slots;   // i32 [T] or 0: all base
+    uint64_t slot_active;   // u8 [L] or 0: all
+    uint64_t gate_bias;     // f32 [E, I] or 0
+    uint64_t up_bias;       // f32 [E, I] or 0
+    uint64_t down_bias;     // f32 [E, H] or 0
+    uint64_t adapters;      // AdapterEntry [L, E, 3] or 0: no LoRA
+    uint64_t shrunk;        // f32 [ceil(H / 512), T * k, 2 max_rank], then [ceil(I / 512), T * k, max_rank], out
+    uint64_t intermediate;  // [T * k, I], out
+    uint64_t flags;         // u32 [2 * 128 + 1], zero; out
+    uint64_t counts;        // RouteCounts or 0, out
+    uint64_t out;           // [T, H], out
+    uint32_t num_tokens;
+    uint32_t top_k;
+    uint32_t num_experts;
+    uint32_t num_slots;
+    uint32_t hidden_size;
+    uint32_t intermediate_size;
+    uint32_t max_rank;      // a multiple of 8
+    uint32_t activation;    // as GateUpParams
+    uint32_t weigh_input;
+    float alpha;
+    float limit;
+    float scaling;
+    uint32_t out_f32;
+    uint32_t tile_rows;      // most rows of a tile, up to 16
+    uint32_t stages;         // of the ring
+    uint32_t stage_bytes;    // a multiple of 1024: weights, then tokens
+    uint32_t down_features;  // of a block, a multiple of 8 up to 64
+    uint32_t down_pieces;    // 64s of k in a stage of down
+    uint32_t window;         // stages whose weights may be on their way at a time
+    uint32_t reserved;
+};
+static_assert(sizeof(DecodeLayerParams) == 448, "DecodeLayerParams");
+
+struct DecodeClearParams {
+    uint64_t flags;  // u32 [words], out
+    uint64_t words;
+};
+static_assert(sizeof(DecodeClearParams) == 16, "DecodeClearParams");

@@ -22,12 +22,14 @@
 
 mod cluster_route;
 mod decode;
+mod decode_layer;
 mod launch;
 pub mod params;
 mod records;
 
 pub use cluster_route::ClusterAlignParams;
 pub use decode::{BatchSizes, DecodeAlignParams, DecodeDownParams, DecodeGateUpParams, DecodePlan, Ring};
+pub use decode_layer::{DecodeClearParams, DecodeLayerParams, LayerPlan};
 pub use launch::{Launch, RouteBounds};
 pub use params::{
     AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams,
@@ -76,11 +78,13 @@ pub enum Family {
     DecodeGateUp,
     /// Shrink, down and the sum over experts likewise.
     DecodeDown,
+    /// A whole layer for very few tokens, likewise.
+    DecodeLayer,
 }
 
 impl Family {
     /// All families, in the order of use; those for Hopper alone come last.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Route,
         Self::Shrink,
         Self::GateUp,
@@ -95,6 +99,7 @@ impl Family {
         Self::DecodeRoute,
         Self::DecodeGateUp,
         Self::DecodeDown,
+        Self::DecodeLayer,
     ];
 
     /// Whether its image is for compute capability 9.0 alone.
@@ -109,6 +114,7 @@ impl Family {
                 | Self::DecodeRoute
                 | Self::DecodeGateUp
                 | Self::DecodeDown
+                | Self::DecodeLayer
         )
     }
 
@@ -130,6 +136,7 @@ impl Family {
             Self::DecodeRoute => "decode_route",
             Self::DecodeGateUp => "decode_gate_up",
             Self::DecodeDown => "decode_down",
+            Self::DecodeLayer => "decode_layer",
         }
     }
 
@@ -151,6 +158,7 @@ impl Family {
             Self::DecodeRoute => include_bytes!(concat!(env!("OUT_DIR"), "/decode_route.fatbin")),
             Self::DecodeGateUp => include_bytes!(concat!(env!("OUT_DIR"), "/decode_gate_up.fatbin")),
             Self::DecodeDown => include_bytes!(concat!(env!("OUT_DIR"), "/decode_down.fatbin")),
+            Self::DecodeLayer => include_bytes!(concat!(env!("OUT_DIR"), "/decode_layer.fatbin")),
         }
     }
 }
@@ -203,6 +211,10 @@ pub enum Kernel {
     DecodeGateUp(Format),
     /// `moe_lora_decode_down_*`.
     DecodeDown(Format),
+    /// `moe_lora_decode_layer_*`.
+    DecodeLayer(Format),
+    /// `moe_lora_decode_clear`.
+    DecodeClear,
     /// `moe_lora_prefill_shrink_*`.
     PrefillShrink(Format),
     /// `moe_lora_split_*`.
@@ -211,7 +223,7 @@ pub enum Kernel {
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 32] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -237,6 +249,9 @@ impl Kernel {
         Self::DecodeGateUp(Format::F16),
         Self::DecodeDown(Format::Bf16),
         Self::DecodeDown(Format::F16),
+        Self::DecodeLayer(Format::Bf16),
+        Self::DecodeLayer(Format::F16),
+        Self::DecodeClear,
         Self::PrefillShrink(Format::Bf16),
         Self::PrefillShrink(Format::F16),
         Self::Split(Format::Bf16),
@@ -266,8 +281,10 @@ impl Kernel {
             Self::DecodeAlign => 20,
             Self::DecodeGateUp(format) => 21 + second(format),
             Self::DecodeDown(format) => 23 + second(format),
-            Self::PrefillShrink(format) => 25 + second(format),
-            Self::Split(format) => 27 + second(format),
+            Self::DecodeLayer(format) => 25 + second(format),
+            Self::DecodeClear => 27,
+            Self::PrefillShrink(format) => 28 + second(format),
+            Self::Split(format) => 30 + second(format),
         }
     }
 
@@ -288,6 +305,7 @@ impl Kernel {
             Self::DecodeAlign => Family::DecodeRoute,
             Self::DecodeGateUp(_) => Family::DecodeGateUp,
             Self::DecodeDown(_) => Family::DecodeDown,
+            Self::DecodeLayer(_) | Self::DecodeClear => Family::DecodeLayer,
             Self::PrefillShrink(_) => Family::PrefillShrink,
         }
     }
@@ -321,6 +339,9 @@ impl Kernel {
             Self::DecodeGateUp(Format::F16) => "moe_lora_decode_gate_up_f16",
             Self::DecodeDown(Format::Bf16) => "moe_lora_decode_down_bf16",
             Self::DecodeDown(Format::F16) => "moe_lora_decode_down_f16",
+            Self::DecodeLayer(Format::Bf16) => "moe_lora_decode_layer_bf16",
+            Self::DecodeLayer(Format::F16) => "moe_lora_decode_layer_f16",
+            Self::DecodeClear => "moe_lora_decode_clear",
             Self::PrefillShrink(Format::Bf16) => "moe_lora_prefill_shrink_bf16",
             Self::PrefillShrink(Format::F16) => "moe_lora_prefill_shrink_f16",
             Self::Split(Format::Bf16) => "moe_lora_split_bf16",
@@ -341,7 +362,10 @@ impl Kernel {
             Self::PrefillShrink(_) => launch::PIECES_SHARED,
             Self::PrefillGateUp(_) | Self::PrefillDown(_) => launch::GROUPED_SHARED,
             Self::DecodeAlign => decode::align_shared(launch::MOST_EXPERTS, 32),
-            Self::ClusterAlign | Self::DecodeGateUp(_) | Self::DecodeDown(_) => decode::MOST_SHARED,
+            Self::ClusterAlign | Self::DecodeGateUp(_) | Self::DecodeDown(_) | Self::DecodeLayer(_) => {
+                decode::MOST_SHARED
+            }
+            Self::DecodeClear => 0,
         }
     }
 }

@@ -14,7 +14,7 @@ use std::{env, fs};
 /// Loads and stores of local memory.
 const LOCAL: [&str; 2] = ["LDL", "STL"];
 /// Families whose work is matrix products.
-const TENSOR_CORES: [&str; 9] = [
+const TENSOR_CORES: [&str; 10] = [
     "shrink",
     "gate_up",
     "down",
@@ -24,6 +24,7 @@ const TENSOR_CORES: [&str; 9] = [
     "prefill_down",
     "decode_gate_up",
     "decode_down",
+    "decode_layer",
 ];
 
 pub(crate) fn run(words: &[&str]) -> Result<()> {

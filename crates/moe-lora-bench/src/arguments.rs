@@ -56,6 +56,7 @@ pub(crate) enum DTypeName {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum PathName {
+    Layer,
     Decode,
     Portable,
     Prefill,
@@ -261,6 +262,7 @@ impl GpuArguments {
     /// The paths to time; none is the fastest.
     pub(crate) fn paths(&self) -> Vec<Option<Path>> {
         let path = |name: &PathName| match name {
+            PathName::Layer => Path::Layer,
             PathName::Decode => Path::Decode,
             PathName::Portable => Path::Portable,
             PathName::Prefill => Path::Prefill,

@@ -47,7 +47,7 @@ pub use nccl::{NcclComm, NcclError, NcclId, nccl_version};
 pub use nodes::GraphKernel;
 pub use probe::DeviceInfo;
 pub use stream::{Event, Graph, Stream};
-pub use tensor_map::{Dimension, decode_down, decode_gate_up, prefill_down, prefill_gate_up, tensor_map};
+pub use tensor_map::{Dimension, decode_down, decode_gate_up, decode_layer, prefill_down, prefill_gate_up, tensor_map};
 
 pub use cudarc;
 

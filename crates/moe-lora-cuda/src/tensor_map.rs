@@ -4,8 +4,8 @@ use crate::GpuError;
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::{self, CUtensorMapDataType as Type};
 use moe_lora_kernels::{
-    DecodeDownParams, DecodeGateUpParams, DecodePlan, DownParams, Format, GateUpParams, PrefillDownParams,
-    PrefillGateUpParams, TensorMap,
+    DecodeDownParams, DecodeGateUpParams, DecodeLayerParams, DecodePlan, DownParams, Format, GateUpParams, LayerPlan,
+    PrefillDownParams, PrefillGateUpParams, TensorMap,
 };
 
 /// One dimension of a tensor and of the boxes that are copied from it.
@@ -155,6 +155,56 @@ pub fn decode_down(
         lora_units: plan.lora_units,
         ..rest
     })
+}
+
+/// [`GateUpParams`] and [`DownParams`], without lists and rows, as one launch: `rest` has what comes from neither, the batch and its
+/// sizes. Up must be the later one, H and I multiples of 64.
+///
+/// # Errors
+/// If the driver cannot encode the maps.
+pub fn decode_layer(
+    format: Format,
+    gate_up: &GateUpParams,
+    down: &DownParams,
+    plan: &LayerPlan,
+    rest: DecodeLayerParams,
+) -> Result<DecodeLayerParams, GpuError> {
+    let dimension = |size: u32, stride: u64, of_box| Dimension { size: size.into(), stride, of_box };
+    let GateUpParams { num_experts, hidden_size, intermediate_size, .. } = *gate_up;
+    let of_gate_up = [
+        dimension(64, 1, 64),
+        dimension(intermediate_size, gate_up.row_stride.into(), 16),
+        dimension(hidden_size / 64, 64, 4),
+        dimension(2, gate_up.up.saturating_sub(gate_up.gate) / 2, 2),
+        dimension(num_experts, of_experts(num_experts, gate_up.expert_stride), 1),
+    ];
+    let of_down = [
+        dimension(64, 1, 64),
+        dimension(hidden_size, down.row_stride.into(), plan.down_features),
+        dimension(intermediate_size / 64, 64, plan.down_pieces),
+        dimension(num_experts, of_experts(num_experts, down.expert_stride), 1),
+    ];
+    let rest = DecodeLayerParams {
+        gate_up: tensor_map(format, gate_up.gate, &of_gate_up)?,
+        down: tensor_map(format, down.down, &of_down)?,
+        hidden: gate_up.hidden,
+        gate_bias: gate_up.gate_bias,
+        up_bias: gate_up.up_bias,
+        down_bias: down.bias,
+        adapters: gate_up.adapters,
+        intermediate: gate_up.intermediate,
+        top_k: gate_up.top_k,
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        max_rank: gate_up.max_rank,
+        activation: gate_up.activation,
+        weigh_input: gate_up.weigh_input,
+        alpha: gate_up.alpha,
+        limit: gate_up.limit,
+        ..rest
+    };
+    Ok(rest.with_plan(plan))
 }
 
 /// The stride of one expert alone may be anything.

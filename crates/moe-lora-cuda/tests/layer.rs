@@ -13,12 +13,13 @@ use moe_lora_reference::{GpuRounding, forward_rounded};
 use support::{Batch, Layer, Path};
 
 /// All kernels, with expert outputs in f32 and in 16 bits where there are any.
-const PATHS: [(Path, bool); 5] = [
+const PATHS: [(Path, bool); 6] = [
     (Path::Portable, true),
     (Path::Portable, false),
     (Path::Prefill, true),
     (Path::Prefill, false),
     (Path::Decode, true),
+    (Path::Layer, true),
 ];
 
 fn batch_of<T: Element>(gpu: &Gpu, stream: &Stream, layer: &Layer, case: &Case) -> Result<Batch, GpuError> {
@@ -155,6 +156,17 @@ fn random_layers_are_right_in_f16() -> Result<(), GpuError> {
     check_random::<f16>(&gpu, &gpu.stream()?, 1000..1060)
 }
 
+/// Some of a case's tokens.
+fn part(case: &Case, tokens: std::ops::Range<usize>) -> Case {
+    let (width, k) = (case.spec.shape.hidden_size, case.spec.shape.top_k);
+    let mut part = case.clone();
+    part.hidden = case.hidden[tokens.start * width..tokens.end * width].to_vec();
+    part.topk_ids = case.topk_ids[tokens.start * k..tokens.end * k].to_vec();
+    part.topk_weights = case.topk_weights[tokens.start * k..tokens.end * k].to_vec();
+    part.token_slots = case.token_slots[tokens].to_vec();
+    part
+}
+
 /// A token's bits do not depend on the tokens beside it: alone, in pieces, and all at once.
 fn check_neighbours<T: Element>(gpu: &Gpu, stream: &Stream) -> Result<(), GpuError> {
     for (shape, tokens, ranks) in [
@@ -174,13 +186,8 @@ fn check_neighbours<T: Element>(gpu: &Gpu, stream: &Stream) -> Result<(), GpuErr
             let all = forward::<T>(gpu, stream, &layer, &batch_of::<T>(gpu, stream, &layer, &case)?, true, true)?;
             for piece in [1, 7, 33, 150] {
                 for first in [0, (tokens - piece) / 2, tokens - piece] {
-                    let (width, k) = (shape.hidden_size, shape.top_k);
-                    let mut part = case.clone();
-                    part.hidden = case.hidden[first * width..(first + piece) * width].to_vec();
-                    part.topk_ids = case.topk_ids[first * k..(first + piece) * k].to_vec();
-                    part.topk_weights = case.topk_weights[first * k..(first + piece) * k].to_vec();
-                    part.token_slots = case.token_slots[first..first + piece].to_vec();
-                    let batch = batch_of::<T>(gpu, stream, &layer, &part)?;
+                    let width = shape.hidden_size;
+                    let batch = batch_of::<T>(gpu, stream, &layer, &part(&case, first..first + piece))?;
                     let found = forward::<T>(gpu, stream, &layer, &batch, true, true)?;
                     let want = &all[first * width..(first + piece) * width];
                     assert!(found == want, "{shape:?}: tokens {first} to {} differ in a larger batch", first + piece);
@@ -199,6 +206,50 @@ fn a_token_does_not_see_its_neighbours() -> Result<(), GpuError> {
     }
     check_neighbours::<bf16>(&gpu, &gpu.stream()?)?;
     check_neighbours::<f16>(&gpu, &gpu.stream()?)
+}
+
+/// Up to 16 tokens in one launch: every number of tokens has the same sums.
+#[test]
+fn few_tokens_have_the_same_bits_in_every_batch() -> Result<(), GpuError> {
+    let Some(gpu) = testing::gpu("few tokens") else { return Ok(()) };
+    let stream = gpu.stream()?;
+    // One, two and four pieces of 16 features of down a block; experts that a token names twice; more than 8 rows a tile.
+    for (shape, routing) in [
+        (LayerShape::new(16, 4, 256, 192).unwrap(), RoutingMix::Uniform),
+        (LayerShape::new(4, 4, 2880, 576).unwrap(), RoutingMix::Duplicates),
+        (LayerShape::new(3, 2, 7168, 64).unwrap(), RoutingMix::AllOnOne),
+    ] {
+        let (tokens, adapters) = (16, [16, 64, 5].map(AdapterSpec::rank).to_vec());
+        let spec = CaseSpec {
+            adapters,
+            routing,
+            mix: AdapterMix::Mixed,
+            bias: true,
+            ..CaseSpec::new(shape, tokens).dtype(DType::Bf16)
+        };
+        let case = spec.build(5);
+        let mut layer = Layer::from_case::<bf16>(&gpu, &stream, &case)?;
+        if !layer.take(&gpu, tokens, Path::Layer) {
+            continue;
+        }
+        let all = forward::<bf16>(&gpu, &stream, &layer, &batch_of::<bf16>(&gpu, &stream, &layer, &case)?, true, true)?;
+        assert!(relative_error(&wide(&all), &case.truth().unwrap()) <= bound(DType::Bf16, true), "{shape:?}");
+        for piece in [1, 3, 9] {
+            for first in [0, 4, tokens - piece] {
+                let found = forward::<bf16>(
+                    &gpu,
+                    &stream,
+                    &layer,
+                    &batch_of::<bf16>(&gpu, &stream, &layer, &part(&case, first..first + piece))?,
+                    true,
+                    true,
+                )?;
+                let want = &all[first * shape.hidden_size..(first + piece) * shape.hidden_size];
+                assert!(found == want, "{shape:?}: tokens {first} to {} differ in a larger batch", first + piece);
+            }
+        }
+    }
+    Ok(())
 }
 
 fn check_large<T: Element>(gpu: &Gpu, stream: &Stream) -> Result<(), GpuError> {
@@ -244,8 +295,14 @@ fn a_graph_serves_any_batch() -> Result<(), GpuError> {
     let shape = LayerShape::new(16, 4, 256, 192).unwrap();
     let mixes = [AdapterMix::Mixed, AdapterMix::AllBase, AdapterMix::RoundRobin, AdapterMix::Mixed];
     let routings = [RoutingMix::Uniform, RoutingMix::AllOnOne, RoutingMix::ForeignExperts, RoutingMix::Skewed];
-    let paths =
-        [(5, Path::Portable), (5, Path::Decode), (200, Path::Decode), (700, Path::Portable), (700, Path::Prefill)];
+    let paths = [
+        (5, Path::Portable),
+        (5, Path::Decode),
+        (5, Path::Layer),
+        (200, Path::Decode),
+        (700, Path::Portable),
+        (700, Path::Prefill),
+    ];
     for (tokens, path) in paths {
         let spec = CaseSpec {
             adapters: [16, 8, 64].map(AdapterSpec::rank).to_vec(),

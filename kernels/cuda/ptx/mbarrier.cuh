@@ -35,6 +35,17 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t par
     return over != 0;
 }
 
+// Whether a phase is over, without waiting.
+__device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
+    uint32_t over;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
+        : "=r"(over)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return over != 0;
+}
+
 // What a wait that will never end does in debug builds (MOE_LORA_WATCHDOG): it faults, so that the launch fails. Not by `trap`,
 // which costs registers where it stands in a wait.
 struct Watchdog {
@@ -64,6 +75,9 @@ __device__ __forceinline__ void named_barrier_arrive(uint32_t id, uint32_t count
 
 // Shared memory written by this thread, or known to it, is what the copy engine and wgmma see from here on.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same for global memory: both who writes and, after he knows of it, who copies in bulk.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Registers of every thread of this warpgroup.
 template <int kRegisters>

@@ -19,6 +19,14 @@ __device__ __forceinline__ void tma_load_3d(uint32_t shared, const TensorMap* ma
         "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
         : "memory");
 }
+__device__ __forceinline__ void tma_load_4d(uint32_t shared, const TensorMap* map, uint32_t barrier, uint32_t c0, uint32_t c1,
+                                            uint32_t c2, uint32_t c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];" ::"r"(
+            shared),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
 __device__ __forceinline__ void tma_load_5d(uint32_t shared, const TensorMap* map, uint32_t barrier, uint32_t c0, uint32_t c1,
                                             uint32_t c2, uint32_t c3, uint32_t c4) {
     asm volatile(

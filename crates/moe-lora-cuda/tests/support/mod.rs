@@ -1,6 +1,8 @@
 //! One layer on the GPU, launched kernel by kernel from plain buffers: what the tests check.
 #![allow(dead_code, unreachable_pub, reason = "every test uses its own part")]
 
+mod whole_layer;
+
 use bytemuck::{Pod, bytes_of, cast_slice};
 use moe_lora_core::{Activation, DType, Element, Projection, RouterWeightPlacement};
 use moe_lora_cuda::{
@@ -8,8 +10,8 @@ use moe_lora_cuda::{
 };
 use moe_lora_kernels::{
     AdapterEntry, AlignParams, BatchSizes, ClusterAlignParams, CombineParams, DecodeAlignParams, DecodeDownParams,
-    DecodePlan, DeviceSegment, DownParams, Format, GateUpParams, Kernel, PrefillGateUpParams, PrefillShrinkParams,
-    RouteBounds, RouteCounts, RowTile, ShrinkParams,
+    DecodePlan, DeviceSegment, DownParams, Format, GateUpParams, Kernel, LayerPlan, PrefillGateUpParams,
+    PrefillShrinkParams, RouteBounds, RouteCounts, RowTile, ShrinkParams,
 };
 use moe_lora_reference::random::Case;
 
@@ -74,6 +76,8 @@ pub struct Places {
     pub shrunk: usize,
     pub intermediate: usize,
     pub rows: usize,
+    pub flags: usize,
+    pub parts: usize,
     pub out: usize,
 }
 
@@ -107,6 +111,13 @@ impl Batch {
             shrunk: layout.add::<f32>(pairs * 2 * sizes.max_rank),
             intermediate: layout.add::<u16>(pairs * sizes.intermediate),
             rows: layout.add::<f32>(pairs * sizes.hidden),
+            flags: layout.add::<u32>(LayerPlan::FLAGS),
+            parts: layout.add::<f32>(LayerPlan::shrunk_numbers(
+                pairs,
+                sizes.hidden,
+                sizes.intermediate,
+                sizes.max_rank,
+            )),
             out: layout.add::<f32>(tokens * sizes.hidden),
         };
         let memory = gpu.alloc(layout.bytes())?;
@@ -236,6 +247,8 @@ pub enum Path {
     Prefill,
     /// Hopper's launches for few tokens.
     Decode,
+    /// Hopper's launch of a whole layer for up to 16 tokens.
+    Layer,
 }
 
 /// One step of [`Layer::launch`].
@@ -318,13 +331,18 @@ impl Layer {
             Path::Portable => true,
             Path::Prefill => known && loaded(Kernel::PrefillGateUp(self.format)),
             Path::Decode => loaded(Kernel::DecodeAlign) && self.plan(gpu, tokens, true).is_some(),
+            Path::Layer => loaded(Kernel::DecodeClear) && self.layer_plan(gpu, tokens, true).is_some(),
         }
     }
 
     /// The plan of a batch of few tokens.
     fn plan(&self, gpu: &Gpu, tokens: usize, lora: bool) -> Option<DecodePlan> {
+        DecodePlan::new(&self.batch_sizes(tokens, lora), gpu.info().sm_count)
+    }
+
+    fn batch_sizes(&self, tokens: usize, lora: bool) -> BatchSizes {
         let s = &self.sizes;
-        let sizes = BatchSizes {
+        BatchSizes {
             num_tokens: tokens as u32,
             top_k: s.top_k as u32,
             num_experts: s.experts as u32,
@@ -332,8 +350,7 @@ impl Layer {
             intermediate_size: s.intermediate as u32,
             num_slots: if lora { s.slots as u32 } else { 0 },
             max_rank: s.max_rank as u32,
-        };
-        DecodePlan::new(&sizes, gpu.info().sm_count)
+        }
     }
 
     /// Gives one stage to the stream.
@@ -373,14 +390,63 @@ impl Layer {
             Activation::GeluTanh => (2, 0.0, 0.0),
             Activation::ClampedSwiglu { alpha, limit } => (3, alpha, limit),
         };
+        let gate_up = GateUpParams {
+            hidden: batch.address(at.hidden),
+            gate,
+            up: gate + 2 * half as u64,
+            gate_bias,
+            up_bias,
+            row_pair: batch.address(at.row_pair),
+            row_weight: batch.address(at.row_weight),
+            tiles: batch.address(at.tiles),
+            segments: batch.address(at.segments),
+            counts: batch.address(at.counts),
+            adapters,
+            shrunk: batch.address(at.shrunk),
+            intermediate: batch.address(at.intermediate),
+            expert_stride: 2 * (s.intermediate * s.hidden) as u64,
+            row_stride: (s.hidden * if self.interleaved { 2 } else { 1 }) as u32,
+            top_k: s.top_k as u32,
+            num_experts: s.experts as u32,
+            hidden_size: s.hidden as u32,
+            intermediate_size: s.intermediate as u32,
+            max_rank: s.max_rank as u32,
+            shrunk_stride: 2 * s.max_rank as u32,
+            activation,
+            weigh_input: u32::from(self.weigh_input),
+            alpha,
+            limit,
+            reserved: 0,
+        };
+        let down = DownParams {
+            intermediate: batch.address(at.intermediate),
+            down: self.w2.address(),
+            bias: down_bias,
+            tiles: batch.address(at.tiles),
+            segments: batch.address(at.segments),
+            counts: batch.address(at.counts),
+            adapters,
+            shrunk: batch.address(at.shrunk),
+            rows_out: batch.address(at.rows),
+            expert_stride: (s.intermediate * s.hidden) as u64,
+            row_stride: s.intermediate as u32,
+            num_experts: s.experts as u32,
+            hidden_size: s.hidden as u32,
+            intermediate_size: s.intermediate as u32,
+            shrunk_stride: 2 * s.max_rank as u32,
+            rows_f32: u32::from(rows_f32),
+            first_b: 0,
+            num_b: s.hidden as u32,
+        };
         // SAFETY, for every launch: all addresses are parts of buffers that were made for these sizes, and the caller keeps
         // them until the stream is done.
         match stage {
+            Stage::Align if self.path == Path::Layer => batch.clear_flags(gpu, stream),
             Stage::Align => {
                 let tile_rows = match (self.path, plan) {
                     (Path::Portable, _) => 0,
                     (Path::Prefill, _) => PrefillGateUpParams::TILE_ROWS,
-                    (Path::Decode, plan) => plan.map_or(0, |plan| plan.tile_rows),
+                    (_, plan) => plan.map_or(0, |plan| plan.tile_rows),
                 };
                 let aligner = match self.path {
                     Path::Decode => Aligner::Decode,
@@ -389,6 +455,8 @@ impl Layer {
                 };
                 batch.align(gpu, stream, s, lora, tile_rows, aligner)
             }
+            Stage::GateUp if self.path == Path::Layer => self.whole_layer(gpu, stream, batch, lora, &gate_up, &down),
+            _ if self.path == Path::Layer => Ok(()),
             Stage::ShrinkGateUp | Stage::ShrinkDown if !lora || plan.is_some() => Ok(()),
             Stage::Combine if plan.is_some() => Ok(()),
             Stage::ShrinkGateUp => {
@@ -410,47 +478,19 @@ impl Layer {
                 unsafe { kernels.launch(stream, self.format, &params, launch) }
             }
             Stage::GateUp => {
-                let params = GateUpParams {
-                    hidden: batch.address(at.hidden),
-                    gate,
-                    up: gate + 2 * half as u64,
-                    gate_bias,
-                    up_bias,
-                    row_pair: batch.address(at.row_pair),
-                    row_weight: batch.address(at.row_weight),
-                    tiles: batch.address(at.tiles),
-                    segments: batch.address(at.segments),
-                    counts: batch.address(at.counts),
-                    adapters,
-                    shrunk: batch.address(at.shrunk),
-                    intermediate: batch.address(at.intermediate),
-                    expert_stride: 2 * (s.intermediate * s.hidden) as u64,
-                    row_stride: (s.hidden * if self.interleaved { 2 } else { 1 }) as u32,
-                    top_k: s.top_k as u32,
-                    num_experts: s.experts as u32,
-                    hidden_size: s.hidden as u32,
-                    intermediate_size: s.intermediate as u32,
-                    max_rank: s.max_rank as u32,
-                    shrunk_stride: 2 * s.max_rank as u32,
-                    activation,
-                    weigh_input: u32::from(self.weigh_input),
-                    alpha,
-                    limit,
-                    reserved: 0,
-                };
                 if let Some(plan) = plan {
-                    let params = decode_gate_up(self.format, params, batch.address(at.chunks), &plan)?;
+                    let params = decode_gate_up(self.format, gate_up, batch.address(at.chunks), &plan)?;
                     // SAFETY: see above.
                     return unsafe { kernels.launch(stream, self.format, &params, params.launch(&plan, sm_count)) };
                 }
                 if self.path == Path::Prefill {
-                    let params = prefill_gate_up(self.format, params)?;
+                    let params = prefill_gate_up(self.format, gate_up)?;
                     // SAFETY: see above.
                     return unsafe { kernels.launch(stream, self.format, &params, params.launch(sm_count)) };
                 }
-                let launch = params.launch(&batch.bounds, sm_count);
+                let launch = gate_up.launch(&batch.bounds, sm_count);
                 // SAFETY: see above.
-                unsafe { kernels.launch(stream, self.format, &params, launch) }
+                unsafe { kernels.launch(stream, self.format, &gate_up, launch) }
             }
             Stage::ShrinkDown => {
                 let params = ShrinkParams {
@@ -465,26 +505,6 @@ impl Layer {
                 unsafe { kernels.launch(stream, self.format, &params, launch) }
             }
             Stage::Down => {
-                let params = DownParams {
-                    intermediate: batch.address(at.intermediate),
-                    down: self.w2.address(),
-                    bias: down_bias,
-                    tiles: batch.address(at.tiles),
-                    segments: batch.address(at.segments),
-                    counts: batch.address(at.counts),
-                    adapters,
-                    shrunk: batch.address(at.shrunk),
-                    rows_out: batch.address(at.rows),
-                    expert_stride: (s.intermediate * s.hidden) as u64,
-                    row_stride: s.intermediate as u32,
-                    num_experts: s.experts as u32,
-                    hidden_size: s.hidden as u32,
-                    intermediate_size: s.intermediate as u32,
-                    shrunk_stride: 2 * s.max_rank as u32,
-                    rows_f32: u32::from(rows_f32),
-                    first_b: 0,
-                    num_b: s.hidden as u32,
-                };
                 if let Some(plan) = plan {
                     let rest = DecodeDownParams {
                         row_pair: batch.address(at.row_pair),
@@ -496,18 +516,18 @@ impl Layer {
                         scaling: self.scaling,
                         ..Default::default()
                     };
-                    let params = decode_down(self.format, &params, &plan, rest)?;
+                    let params = decode_down(self.format, &down, &plan, rest)?;
                     // SAFETY: see above.
                     return unsafe { kernels.launch(stream, self.format, &params, params.launch(&plan)) };
                 }
                 if self.path == Path::Prefill {
-                    let params = prefill_down(self.format, params)?;
+                    let params = prefill_down(self.format, down)?;
                     // SAFETY: see above.
                     return unsafe { kernels.launch(stream, self.format, &params, params.launch(sm_count)) };
                 }
-                let launch = params.launch(&batch.bounds, sm_count);
+                let launch = down.launch(&batch.bounds, sm_count);
                 // SAFETY: see above.
-                unsafe { kernels.launch(stream, self.format, &params, launch) }
+                unsafe { kernels.launch(stream, self.format, &down, launch) }
             }
             Stage::Combine => {
                 let params = CombineParams {

@@ -29,7 +29,7 @@ pub(super) fn few_rows(args: &ForwardArgs) -> bool {
     pairs <= most_pairs(args.max_rank).min(MOST_ROWS * u64::from(args.num_experts))
 }
 
-const fn sizes(args: &ForwardArgs) -> BatchSizes {
+pub(super) const fn sizes(args: &ForwardArgs) -> BatchSizes {
     BatchSizes {
         num_tokens: args.num_tokens,
         top_k: args.top_k,

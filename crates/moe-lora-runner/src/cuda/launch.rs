@@ -30,7 +30,8 @@ pub fn workspace_bytes(
     Ok(Workspace::new(shape, gpu.info().sm_count, max_tokens, max_slots, max_rank).bytes)
 }
 
-/// Gives one layer to `args.stream`: six launches, four for no slots, three for few tokens on Hopper. Nothing is allocated, nothing waits, and the stream may
+/// Gives one layer to `args.stream`: six launches, four for no slots, on Hopper three for few tokens and two for
+/// up to 16. Nothing is allocated, nothing waits, and the stream may
 /// be in capture.
 ///
 /// # Errors
@@ -141,6 +142,9 @@ impl<'a> Call<'a> {
                 0 => Ok(()),
                 counts => self.zero(counts, size_of::<RouteCounts>()),
             });
+        }
+        if let Kernels::Layer(plan) = &self.kernels {
+            return given(self.launch_layer(plan));
         }
         if let Kernels::Decode(plan) = &self.kernels {
             return given(self.launch_decode(plan));

@@ -1,6 +1,7 @@
 //! The same layer on an NVIDIA GPU: one pipeline behind a raw door, and a safe door that uses it.
 
 mod decode;
+mod decode_layer;
 mod graph;
 mod launch;
 mod path;

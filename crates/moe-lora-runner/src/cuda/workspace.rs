@@ -2,7 +2,7 @@
 
 use moe_lora_core::LayerShape;
 use moe_lora_cuda::Layout;
-use moe_lora_kernels::{AlignParams, DeviceSegment, RouteBounds, RouteCounts, RowTile};
+use moe_lora_kernels::{AlignParams, DeviceSegment, LayerPlan, RouteBounds, RouteCounts, RowTile};
 
 /// Expert outputs may stay f32 until the sum as long as they take no more than this: then they stay in the GPU's cache.
 const MOST_F32_ROWS: usize = 16 << 20;
@@ -26,6 +26,9 @@ pub(super) struct Workspace {
     pub(super) shrunk: usize,
     pub(super) intermediate: usize,
     pub(super) rows: usize,
+    /// Of the launch that does a whole layer: flags, and S in parts.
+    pub(super) flags: usize,
+    pub(super) parts: usize,
     /// Bytes of everything.
     pub(super) bytes: usize,
 }
@@ -56,6 +59,11 @@ impl Workspace {
             shrunk: layout.add::<f32>(if slots == 0 { 0 } else { pairs * 2 * max_rank }),
             intermediate: layout.add::<u16>(pairs * intermediate_size),
             rows: layout.add::<u8>(wide.min(MOST_F32_ROWS).max(wide / 2)),
+            flags: layout.add::<u32>(LayerPlan::FLAGS),
+            parts: layout.add::<f32>(match slots {
+                0 => 0,
+                _ => LayerPlan::shrunk_numbers(pairs, hidden_size, intermediate_size, max_rank),
+            }),
             bytes: layout.bytes(),
         }
     }

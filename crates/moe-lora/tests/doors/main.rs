@@ -119,14 +119,16 @@ fn what_does_not_fit_is_named_before_anything_runs() {
 #[test]
 fn every_path_computes_the_layer_or_is_refused() {
     let Some(gpu) = testing::gpu("paths") else { return };
-    for (tokens, activation) in [(48, Activation::Silu), (300, Activation::Silu), (20, Activation::Gelu)] {
+    for (tokens, activation) in
+        [(9, Activation::Silu), (48, Activation::Silu), (300, Activation::Silu), (20, Activation::Gelu)]
+    {
         let case = CaseSpec { activation, ..spec(tokens, DType::Bf16) }.build(tokens as u64);
         let table = case.table();
         let truth = moe_lora::reference::forward(&case.input_with(&table)).unwrap();
         let mut device = OnDevice::<bf16>::new(&gpu, &case, 6, MAX_RANK);
         let fastest = raw::path(&gpu, &device.args(true), None).unwrap();
         let found = device.raw(true);
-        for path in [raw::Path::Decode, raw::Path::Portable, raw::Path::Prefill] {
+        for path in [raw::Path::Layer, raw::Path::Decode, raw::Path::Portable, raw::Path::Prefill] {
             let args = device.args(true);
             if let Err(error) = raw::path(&gpu, &args, Some(path)) {
                 // SAFETY: nothing is launched.
@@ -142,6 +144,7 @@ fn every_path_computes_the_layer_or_is_refused() {
             assert!(error <= 3.3e-3, "{path}, {tokens} tokens: {error:e}");
         }
         let runs = |path| raw::path(&gpu, &device.args(true), Some(path)).is_ok();
+        assert!(!(runs(raw::Path::Layer) && tokens > 16));
         assert!(!(runs(raw::Path::Decode) && tokens > 256));
         assert!(!(runs(raw::Path::Prefill) && activation == Activation::Gelu));
     }
