@@ -73,11 +73,10 @@ def check(d, forward, truth):
 
 def batches(options):
     """Yields (what makes a batch, with LoRA or without, what its row says, truth of a few tokens)."""
-    for model in options.models:
-        E, _, H, I = shapes.MODELS[model]
-        for slots, rank, base_share in shapes.ADAPTERS:
-            if options.adapters and f"{slots}:{rank}" not in options.adapters:
-                continue
+    sets = {f"{slots}:{rank}": (slots, rank, base_share) for slots, rank, base_share in shapes.ADAPTERS}
+    for slots, rank, base_share in [sets[name] for name in options.adapters or sets]:
+        for model in options.models:
+            E, _, H, I = shapes.MODELS[model]
             if slots * E * rank * 6 * (H + I) > MOST_ADAPTER_BYTES:
                 continue
             everything = shapes.make(torch, model, max(shapes.TOKENS), slots, rank, base_share)

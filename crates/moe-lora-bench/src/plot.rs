@@ -2,6 +2,7 @@
 
 use crate::compare::{OURS, System};
 use crate::{Peers, Row, Run};
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 const WIDTH: f64 = 640.0;
@@ -51,8 +52,7 @@ pub fn plots(run: &Run) -> Vec<(String, String)> {
 /// One plot for each layer of ours: everybody's share of the floor with `adapters` adapters of rank `rank`.
 #[must_use]
 pub fn plots_beside(ours: &Peers, others: &[Peers], adapters: usize, rank: usize) -> Vec<(String, String)> {
-    let mut models: Vec<&str> = ours.rows.iter().map(|r| r.model.as_str()).collect();
-    models.dedup();
+    let models: BTreeSet<&str> = ours.rows.iter().map(|r| r.model.as_str()).collect();
     let us = [System { label: OURS.to_owned(), name: OURS, file: ours }];
     let systems: Vec<System<'_>> = us.into_iter().chain(System::all(others)).collect();
     let series = |model: &str| -> Vec<Series> {
