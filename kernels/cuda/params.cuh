@@ -311,7 +311,7 @@ struct DecodeDownParams {
     uint64_t row_weight;    // f32 [rows], or 0: all 1
     uint64_t tiles;         // RowTile
     uint64_t chunks;        // Segment
-    uint64_t counts;        // RouteCounts; claimed[1] must be 0 and counts the blocks that have shrunk
+    uint64_t counts;        // RouteCounts; claimed[1] must be 0 and counts what was shrunk
     uint64_t adapters;      // AdapterEntry [L, E, 3] or 0: no LoRA
     uint64_t shrunk;        // f32 [planes, T * k, max_rank], out
     uint64_t out;           // [T, H]
@@ -329,8 +329,8 @@ struct DecodeDownParams {
     uint32_t max_tiles;    // places for tiles in shared memory
     uint32_t out_f32;      // out is f32 and not the activation's format
     float scaling;
-    uint32_t lora_stages;  // of the ring for B and S
-    uint32_t lora_units;   // most units of such a stage, up to 15
+    uint32_t lora_steps;   // in a warp's ring for LoRA: 16, 8 or 4
+    uint32_t reserved;
 };
 static_assert(sizeof(DecodeDownParams) == 320, "DecodeDownParams");
 

@@ -7,16 +7,16 @@ use crate::{AlignParams, Format, GateUpParams, Kernel, KernelParams, Launch, Ten
 pub(crate) const MOST_TOKENS: u32 = 256;
 /// `kMostPairs`.
 const MOST_PAIRS: u32 = 2048;
-/// What a stage of the ring for adapters should hold at least.
-const LORA_STAGE_BYTES: u32 = 10 * 1024;
-/// Largest rank of any adapter: B of 64 features, 8 KB, must fit into a stage.
-const MOST_RANK: u32 = 64;
+/// Largest rank of any adapter.
+const MOST_RANK: u32 = 512;
 /// Slots, and one for none, are 16-bit numbers in align.
 const MOST_SLOTS: u32 = (1 << 16) - 2;
 /// `kStreamThreads`.
 const STREAM_THREADS: u32 = 384;
 /// `kShrinkThreads` of `epilogue/lora_stream.cuh`.
 const SHRINK_THREADS: u32 = 128;
+/// `kStepBytes`, for four warps.
+const STEP_BYTES: u32 = 4 * (512 + 512 + 16);
 /// Bytes of `kShrinkPartial`.
 const SHRINK_PARTIAL: u32 = 4 * 16 * 20 * 4;
 /// `kStreamWeightBytes`, and what a token's 64 numbers take.
@@ -24,6 +24,9 @@ const WEIGHT_BYTES: u32 = 64 * 128;
 const TOKEN_BYTES: u32 = 128;
 /// What a block of Hopper can have.
 pub(crate) const MOST_SHARED: u32 = 227 * 1024;
+
+/// What a block can have while 60 KB are left to L1, not 28.
+const LARGER_L1: u32 = 195 * 1024;
 
 /// A ring of stages in shared memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -68,12 +71,8 @@ pub struct DecodePlan {
     pub cluster: u32,
     /// Parts of I that down shrinks apart.
     pub planes: u32,
-    /// Stages of down's ring for adapters; none without slots.
-    pub lora_stages: u32,
-    /// Units of eight rows of a chunk in such a stage.
-    pub lora_units: u32,
-    /// Bytes of such a unit: B of 64 features, and S.
-    unit_bytes: u32,
+    /// Steps in a ring of down for adapters; none without slots.
+    pub lora_steps: u32,
 }
 
 impl DecodePlan {
@@ -87,10 +86,12 @@ impl DecodePlan {
             && sizes.num_experts <= crate::launch::MOST_EXPERTS
             && sizes.max_rank <= MOST_RANK
             && sizes.num_slots <= MOST_SLOTS;
+        if !fits {
+            return None;
+        }
         let cluster = Self::cluster(sizes.hidden_size, sm_count)?;
         let tile_rows = Self::tile_rows(pairs, sizes);
         let planes = if sizes.intermediate_size > 4096 { 2 } else { 1 };
-        let unit_bytes = (128 + 32 * planes) * sizes.max_rank;
         let plan = Self {
             tile_rows,
             max_tiles: pairs.min(sizes.num_experts) + pairs / tile_rows,
@@ -98,23 +99,30 @@ impl DecodePlan {
             down: Ring { stages: 0, stage_tiles: if tile_rows <= 32 { 2 } else { 1 } },
             cluster,
             planes,
-            lora_stages: match (sizes.num_slots, sizes.num_tokens) {
-                (0, _) => 0,
-                (_, 0..=64) => 4,
-                _ => 3,
-            },
-            lora_units: (LORA_STAGE_BYTES / unit_bytes.max(1)).clamp(1, 15),
-            unit_bytes,
+            lora_steps: 0,
         };
-        let slot = plan.slot(plan.down);
-        let fixed = plan.down_shared(sizes.num_tokens, pairs, 0);
-        // Few tokens: as much as fits, filled while the launch before ends. Else what keeps the memory busy.
-        let weights = if sizes.num_tokens <= 8 { MOST_SHARED } else { 96 * 1024 };
-        let wanted =
-            (weights / (WEIGHT_BYTES * plan.down.stage_tiles)).max((sizes.num_tokens * 256 + 4096).div_ceil(slot));
-        let stages = wanted.min(MOST_SHARED.saturating_sub(fixed) / (slot + 16));
-        let holds = stages >= 2 && stages * slot >= sizes.num_tokens * 256 + 4096;
-        (fits && holds).then_some(Self { down: Ring { stages, ..plan.down }, ..plan })
+        // With slots or without, the same batches have a plan.
+        let with_lora = [16, 8, 4].map(|lora_steps| Self { lora_steps, ..plan }.filled(sizes));
+        // Long rows of A stay long under way: they want a larger L1, which is what shared memory leaves.
+        let calm = |plan: &Self| {
+            let shared = plan.down_shared(sizes.num_tokens, sizes.top_k, plan.down.stages);
+            sizes.intermediate_size <= 2048 || shared <= LARGER_L1
+        };
+        let lora = with_lora.iter().flatten().max_by_key(|plan| (plan.down.stages, calm(plan), plan.lora_steps));
+        if sizes.num_slots > 0 { lora.copied() } else { lora.and_then(|_| plan.filled(sizes)) }
+    }
+
+    /// With a ring for down, if there is room: what keeps the memory busy, since what is in flight makes everybody wait, and what the
+    /// other blocks of a cluster send.
+    fn filled(self, sizes: &BatchSizes) -> Option<Self> {
+        let few = self.cluster == 3 && sizes.num_tokens <= 8;
+        let weights = if self.tile_rows <= 32 && (self.cluster == 2 || few) { 96 * 1024 } else { 64 * 1024 };
+        let sent = if self.cluster > 1 { sizes.num_tokens * 256 + 4096 } else { 0 };
+        let slot = self.slot(self.down);
+        let least = sent.div_ceil(slot).max(2);
+        let room = MOST_SHARED.saturating_sub(self.down_shared(sizes.num_tokens, sizes.top_k, 0));
+        let stages = least.max(weights / (WEIGHT_BYTES * self.down.stage_tiles)).min(room / (slot + 16));
+        (stages >= least).then_some(Self { down: Ring { stages, ..self.down }, ..self })
     }
 
     /// Three, two or one block for 64 features, as many as surely run at the same time: clusters lie within parts of the chip.
@@ -149,10 +157,11 @@ impl DecodePlan {
         1040 + self.gate_up.stages * (self.slot(self.gate_up) + 16)
     }
 
-    const fn down_shared(&self, num_tokens: u32, pairs: u32, stages: u32) -> u32 {
+    const fn down_shared(&self, num_tokens: u32, top_k: u32, stages: u32) -> u32 {
         let ring = stages * (self.slot(self.down) + 16);
-        let lora = self.lora_stages * (256 + self.lora_units * self.unit_bytes + 16);
-        1024 + ring + lora + num_tokens * 256 + self.max_tiles * 16 + SHRINK_PARTIAL + 48 + pairs * 6 + 16
+        let lora_tokens = if self.lora_steps == 0 { 0 } else { num_tokens.div_ceil(self.cluster) };
+        let lora = lora_tokens * (256 + top_k * 16) + self.lora_steps * STEP_BYTES;
+        1024 + ring + num_tokens * 256 + lora + self.max_tiles * 16 + SHRINK_PARTIAL + 48 + num_tokens * top_k * 6 + 16
     }
 }
 
@@ -235,17 +244,17 @@ pub struct DecodeDownParams {
     pub out_f32: u32,
     /// Factor of the output.
     pub scaling: f32,
-    /// Stages of the ring for adapters.
-    pub lora_stages: u32,
-    /// Most units of such a stage.
-    pub lora_units: u32,
+    /// `DecodePlan::lora_steps`.
+    pub lora_steps: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 const _: () = {
     assert!(size_of::<DecodeGateUpParams>() == 320 && core::mem::offset_of!(DecodeGateUpParams, chunks) == 288);
     assert!(core::mem::offset_of!(DecodeGateUpParams, stage_tiles) == 304);
     assert!(size_of::<DecodeDownParams>() == 320 && core::mem::offset_of!(DecodeDownParams, num_tokens) == 208);
-    assert!(core::mem::offset_of!(DecodeDownParams, lora_units) == 268);
+    assert!(core::mem::offset_of!(DecodeDownParams, lora_steps) == 264);
 };
 
 impl sealed::Sealed for DecodeAlignParams {}
@@ -302,7 +311,7 @@ impl DecodeDownParams {
     /// A cluster for every 64 features.
     #[must_use]
     pub fn launch(&self, plan: &DecodePlan) -> Launch {
-        let shared = plan.down_shared(self.num_tokens, self.num_tokens * self.top_k, plan.down.stages);
+        let shared = plan.down_shared(self.num_tokens, self.top_k, plan.down.stages);
         let grid = [self.hidden_size.div_ceil(64) * plan.cluster, 1, 1];
         Launch { cluster: plan.cluster, ..Launch::new(grid, STREAM_THREADS + SHRINK_THREADS, shared) }
     }
@@ -331,7 +340,7 @@ mod tests {
         let fits = |sizes: BatchSizes| DecodePlan::new(&sizes, 132).is_some();
         assert!(fits(qwen3(1)) && fits(qwen3(256)) && !fits(qwen3(0)) && !fits(qwen3(257)));
         // With slots or without: base rows have the same bits.
-        assert!([0, 8].iter().all(|&num_slots| !fits(BatchSizes { max_rank: 72, num_slots, ..qwen3(4) })));
+        assert!([0, 8].iter().all(|&num_slots| !fits(BatchSizes { max_rank: 520, num_slots, ..qwen3(4) })));
         assert!(!fits(BatchSizes { hidden_size: 64 * 133, ..qwen3(4) }));
         assert!(!fits(BatchSizes { top_k: 9, ..qwen3(256) }) && !fits(BatchSizes { num_slots: 1 << 16, ..qwen3(4) }));
         assert!(!fits(BatchSizes { num_experts: 1025, ..qwen3(4) }));
@@ -345,8 +354,11 @@ mod tests {
             for num_tokens in 1..=MOST_TOKENS {
                 for top_k in [1, 2, 8] {
                     let sizes = BatchSizes { num_experts, top_k, hidden_size, intermediate_size, ..qwen3(num_tokens) };
-                    let plan = DecodePlan::new(&sizes, 132).unwrap();
-                    let shared = plan.down_shared(num_tokens, num_tokens * top_k, plan.down.stages);
+                    let Some(plan) = DecodePlan::new(&sizes, 132) else {
+                        assert!(num_tokens * top_k > 1024, "{sizes:?}");
+                        continue;
+                    };
+                    let shared = plan.down_shared(num_tokens, top_k, plan.down.stages);
                     assert!(shared <= MOST_SHARED && plan.gate_up_shared() <= MOST_SHARED, "{sizes:?} {plan:?}");
                     assert!(plan.gate_up.stages >= 3 && plan.down.stages >= 2, "{plan:?}");
                 }

@@ -151,8 +151,7 @@ pub fn decode_down(
         stage_tiles: plan.down.stage_tiles,
         cluster: plan.cluster,
         max_tiles: plan.max_tiles,
-        lora_stages: plan.lora_stages,
-        lora_units: plan.lora_units,
+        lora_steps: plan.lora_steps,
         ..rest
     })
 }

@@ -173,13 +173,13 @@ fn check_neighbours<T: Element>(gpu: &Gpu, stream: &Stream) -> Result<(), GpuErr
         (LayerShape::new(2, 2, 512, 2880).unwrap(), 300, vec![16]),
         (LayerShape::new(8, 2, 4096, 256).unwrap(), 200, vec![16, 64, 5]),
         (LayerShape::new(4, 1, 264, 136).unwrap(), 700, vec![512, 8]),
+        (LayerShape::new(12, 3, 264, 4104).unwrap(), 150, vec![512, 8, 40]),
     ] {
         let adapters = ranks.into_iter().map(AdapterSpec::rank).collect();
         let spec = CaseSpec { adapters, mix: AdapterMix::Runs, ..CaseSpec::new(shape, tokens).dtype(T::DTYPE) };
         let case = spec.build(21);
         let mut layer = Layer::from_case::<T>(gpu, stream, &case)?;
-        // Not decode: its plan, and with it the order of sums, follows the number of tokens.
-        for path in [Path::Portable, Path::Prefill] {
+        for path in [Path::Portable, Path::Prefill, Path::Decode] {
             if !layer.take(gpu, tokens, path) {
                 continue;
             }

@@ -26,12 +26,9 @@ struct ExpertSum {
     __device__ __forceinline__ void add(const float (&value)[4], uint32_t first_row, uint32_t row, uint32_t num_rows,
                                         uint32_t feature, const float (&bias)[2], bool repeats) const {
         const uint32_t mine = threadIdx.x % 4;
-        if (!repeats) {
-            add_lane(value, first_row, row + 2 * mine, num_rows, feature, bias);
-            return;
-        }
-        for (uint32_t turn = 0; turn < 4; ++turn) {
-            if (turn == mine) add_lane(value, first_row, row + 2 * mine, num_rows, feature, bias);
+#pragma unroll 1
+        for (uint32_t turn = 0; turn < (repeats ? 4 : 1); ++turn) {
+            if (!repeats || turn == mine) add_lane(value, first_row, row + 2 * mine, num_rows, feature, bias);
             __syncwarp();
         }
     }

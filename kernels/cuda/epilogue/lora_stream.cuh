@@ -1,9 +1,9 @@
-// LoRA of the decode kernel of down, beside the base product. A warpgroup of every block shrinks its share of all chunks; once all
-// blocks have, it brings B and S of the chunks that its block adds through a ring of its own to the warpgroups that multiply.
+// LoRA of the decode kernel of down, by a warpgroup of every block, beside those that multiply weights.
 //
-// A block of a cluster adds every p.cluster-th chunk, in groups that follow the last tiles (struct Turns), as units of up to eight
-// rows. A stage holds up to p.lora_units of them: a header of 16 records of 16 bytes (how many and whether the group ends, then one
-// for each: first row | rows, ranks | scale), then for each B of 64 features [64][ranks] and S f32 [planes][8][ranks].
+// First S = scale A h: all blocks share out all chunks. Once all have been done, every block adds w B S for its 64 features and its
+// tokens (of a cluster every block has some) to a sum of its own, experts ascending, so that nothing depends on other tokens
+// or on the base product. A warp has 16 features for itself: no barriers. A step is eight rows of a chunk by 16 ranks; B and S come
+// to a ring of the warp, several steps ahead: beside the stream of weights, whatever is read takes microseconds.
 #pragma once
 #include <cstdint>
 
@@ -13,39 +13,75 @@
 #include "tile/stream.cuh"
 
 constexpr int kShrinkThreads = 128;
-constexpr uint32_t kShrinkRows = 16;                      // rows and ranks of one product
+constexpr uint32_t kShrinkRows = 16;  // rows and ranks of one product
 constexpr uint32_t kShrinkPitch = 20;
 constexpr uint32_t kShrinkPartial = 4 * kShrinkRows * kShrinkPitch;  // f32 in shared memory
-constexpr uint32_t kUnitRows = 8;
-constexpr uint32_t kUnitsTogether = 4;  // of a stage, whose products run side by side
-constexpr uint32_t kStageHeader = 256;
-constexpr uint32_t kBytesBeforeLora = 512 * 1024;  // of weights that a block multiplies while chunks are shrunk
+constexpr uint32_t kStepRows = 8;
+constexpr uint32_t kStepsTogether = 4;
+// Of a step, in a warp's ring: B [16 features][16 ranks], S f32 [8 rows][16 ranks], what it is.
+constexpr uint32_t kStepB = 512, kStepS = 512, kStepBytes = kStepB + kStepS + 16;
 
 __device__ __forceinline__ const AdapterEntry& down_entry(const DecodeDownParams& p, const Segment& chunk) {
     return reinterpret_cast<const AdapterEntry*>(
         p.adapters)[(static_cast<size_t>(chunk.slot) * p.num_experts + chunk.expert) * 3 + 2];
 }
 
-__device__ __forceinline__ uint4 load_row16(const void* row, uint32_t at, uint32_t end) {
-    return row != nullptr && at < end ? __ldg(reinterpret_cast<const uint4*>(row) + at / 8) : uint4{0, 0, 0, 0};
-}
+// 16 ranks of a chunk over a plane of k; every lane knows another one.
+struct ShrinkItem {
+    uint32_t first_row = 0, end_row = 0, first_rank = 0, ranks = 0, plane = 0;  // ranks: of these 16
+    uint64_t a = 0;
+    float scale = 0.0f;
 
-// 16 ranks by up to 8 kN rows over [first_k, end_k): every warp takes a fourth of k, in steps of 32; the fourths are added in order.
-// Operands go straight to registers: 16 bytes of a row are eight k, numbered alike on both sides.
+    __device__ __forceinline__ ShrinkItem(const DecodeDownParams& p, uint32_t index, uint32_t total) {
+        if (index >= total) return;
+        const uint32_t groups = (p.max_rank + 15) / 16;
+        const Segment chunk = reinterpret_cast<const Segment*>(p.chunks)[index / (groups * p.planes)];
+        const AdapterEntry& entry = down_entry(p, chunk);
+        plane = index % p.planes;
+        first_rank = index / p.planes % groups * 16;
+        ranks = min(max((entry.rank + 7u) / 8 * 8, first_rank) - first_rank, 16u);
+        first_row = chunk.first_row;
+        end_row = ranks > 0 ? chunk.end_row : first_row;
+        a = entry.a + static_cast<uint64_t>(first_rank) * p.intermediate_size * 2;
+        scale = entry.scale;
+    }
+    __device__ __forceinline__ ShrinkItem(const ShrinkItem& items, uint32_t lane)
+        : first_row(__shfl_sync(~0u, items.first_row, lane)),
+          end_row(__shfl_sync(~0u, items.end_row, lane)),
+          first_rank(__shfl_sync(~0u, items.first_rank, lane)),
+          ranks(__shfl_sync(~0u, items.ranks, lane)),
+          plane(__shfl_sync(~0u, items.plane, lane)),
+          a(__shfl_sync(~0u, items.a, lane)),
+          scale(__shfl_sync(~0u, items.scale, lane)) {}
+};
+
+// 16 ranks by up to 8 kN rows over [first_k, end_k): every warp takes a fourth of k, in steps of 32. Operands go straight to
+// registers: 16 bytes of a row are eight k, numbered alike on both sides.
 template <class T, int kN>
-__device__ __forceinline__ void shrink_block(const DecodeDownParams& p, const T* const (&a)[2], const T* const (&h)[2],
-                                             uint32_t first_k, uint32_t end_k, float* partial) {
+__device__ __forceinline__ void shrink_block(const uint4* const (&a)[2], const uint4* const (&h)[2], uint32_t first_k, uint32_t end_k,
+                                             float* partial) {
+    constexpr int kSteps = kN == 1 ? 6 : 4;
     const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, part = threadIdx.x / 32 % 4;
     float sum[kN][4] = {};
-#pragma unroll 4
-    for (uint32_t base = first_k + part * 32; base < end_k; base += 128) {
-        const uint32_t k = base + t * 8;
-        const uint4 low = load_row16(a[0], k, end_k), high = load_row16(a[1], k, end_k);
+#pragma unroll 1
+    for (uint32_t base = first_k + part * 32; base < end_k; base += kSteps * 128) {
+        uint4 low[kSteps], high[kSteps], right[kSteps][kN];
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {
-            const uint4 right = load_row16(h[n], k, end_k);
-            mma<T>(sum[n], low.x, high.x, low.y, high.y, right.x, right.y);
-            mma<T>(sum[n], low.z, high.z, low.w, high.w, right.z, right.w);
+        for (int i = 0; i < kSteps; ++i) {
+            const uint32_t k = base + i * 128 + t * 8;
+            const bool inside = k < end_k;
+            low[i] = inside ? __ldg(a[0] + k / 8) : uint4{0, 0, 0, 0};
+            high[i] = inside ? __ldg(a[1] + k / 8) : uint4{0, 0, 0, 0};
+#pragma unroll
+            for (int n = 0; n < kN; ++n) right[i][n] = inside ? __ldcg(h[n] + k / 8) : uint4{0, 0, 0, 0};
+        }
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+            for (int n = 0; n < kN; ++n) {
+                mma<T>(sum[n], low[i].x, high[i].x, low[i].y, high[i].y, right[i][n].x, right[i][n].y);
+                mma<T>(sum[n], low[i].z, high[i].z, low[i].w, high[i].w, right[i][n].z, right[i][n].w);
+            }
         }
     }
     float* mine = partial + part * kShrinkRows * kShrinkPitch;
@@ -56,310 +92,280 @@ __device__ __forceinline__ void shrink_block(const DecodeDownParams& p, const T*
     }
 }
 
-// Its share of all chunks, then one count.
+// A block's share of all chunks; then it counts its items.
 template <class T>
-__device__ __forceinline__ void shrink_chunks(const DecodeDownParams& p, uint32_t num_chunks, float* partial) {
+__device__ __forceinline__ void shrink_chunks(const DecodeDownParams& p, uint32_t total, float* partial) {
     const uint32_t lane = threadIdx.x % 32, thread = threadIdx.x % kShrinkThreads;
-    const uint32_t groups = (p.max_rank + 15) / 16, total = num_chunks * groups * p.planes;
-    const auto* chunks = reinterpret_cast<const Segment*>(p.chunks);
-    // A of the first items comes to L2 while the launch before still runs.
-    const uint32_t early = blockIdx.x + thread * gridDim.x;
-    if (thread < 4 && early < total && early % p.planes == 0) {
-        const AdapterEntry& entry = down_entry(p, chunks[early / (groups * p.planes)]);
-        const uint32_t rank = early / p.planes % groups * 16, ranks = (entry.rank + 7) / 8 * 8;
-        if (rank < ranks) {
-            bulk_prefetch_l2(reinterpret_cast<const T*>(entry.a) + static_cast<size_t>(rank) * p.intermediate_size,
-                             min(ranks - rank, 16u) * p.intermediate_size * 2);
-        }
+    ShrinkItem items(p, blockIdx.x + lane * gridDim.x, total);
+    // A of the first ones comes to L2 while the launch before still runs.
+    if (thread < 4 && items.ranks > 0 && items.plane == 0) {
+        bulk_prefetch_l2(reinterpret_cast<const void*>(items.a), items.ranks * p.intermediate_size * 2);
     }
     wait_for_previous_launch();
-    if (total == 0) return;
-    const uint32_t of_plane = (p.intermediate_size / p.planes + 31) / 32 * 32;
-    for (uint32_t index = blockIdx.x; index < total; index += gridDim.x) {
-        const Segment chunk = chunks[index / (groups * p.planes)];
-        const uint32_t plane = index % p.planes, rank = index / p.planes % groups * 16;
-        const AdapterEntry& entry = down_entry(p, chunk);
-        const uint32_t ranks = (entry.rank + 7) / 8 * 8;
-        if (rank >= ranks) continue;
-        const T* a[2];
+    const uint32_t of_plane = (p.intermediate_size / p.planes + 31) / 32 * 32, width = p.intermediate_size / 8;
+    uint32_t done = 0;
+#pragma unroll 1
+    for (uint32_t index = blockIdx.x; index < total; index += gridDim.x, ++done) {
+        if (done > 0 && done % 32 == 0) items = ShrinkItem(p, index + lane * gridDim.x, total);
+        const ShrinkItem item(items, done % 32);
+        const uint32_t first_k = item.plane * of_plane, end_k = min(p.intermediate_size, first_k + of_plane);
+        // Ranks and rows beyond the last one are the last one again, and not stored.
+        const uint4* a[2];
         for (uint32_t i = 0; i < 2; ++i) {
-            const uint32_t row = rank + lane / 4 + 8 * i;
-            a[i] = row < ranks ? reinterpret_cast<const T*>(entry.a) + static_cast<size_t>(row) * p.intermediate_size : nullptr;
+            a[i] = reinterpret_cast<const uint4*>(item.a) + static_cast<size_t>(min(lane / 4 + 8 * i, item.ranks - 1)) * width;
         }
-        const uint32_t first_k = plane * of_plane, end_k = min(p.intermediate_size, first_k + of_plane);
-        for (uint32_t first = chunk.first_row; first < chunk.end_row; first += kShrinkRows) {
-            const uint32_t rows = min(kShrinkRows, chunk.end_row - first);
-            const T* h[2];
+#pragma unroll 1
+        for (uint32_t first = item.first_row; first < item.end_row; first += kShrinkRows) {
+            const uint32_t rows = min(kShrinkRows, item.end_row - first);
+            const uint4* h[2];
             for (uint32_t i = 0; i < 2; ++i) {
-                const uint32_t row = lane / 4 + 8 * i;
-                h[i] = row < rows ? reinterpret_cast<const T*>(p.intermediate) +
-                                        static_cast<size_t>(first + row) * p.intermediate_size
-                                  : nullptr;
+                h[i] = reinterpret_cast<const uint4*>(p.intermediate) +
+                       static_cast<size_t>(first + min(lane / 4 + 8 * i, rows - 1)) * width;
             }
             if (rows <= 8) {
-                shrink_block<T, 1>(p, a, h, first_k, end_k, partial);
+                shrink_block<T, 1>(a, h, first_k, end_k, partial);
             } else {
-                shrink_block<T, 2>(p, a, h, first_k, end_k, partial);
+                shrink_block<T, 2>(a, h, first_k, end_k, partial);
             }
             named_barrier(kBarrierShrink, kShrinkThreads);
             for (uint32_t i = thread; i < rows * 16; i += kShrinkThreads) {
                 const uint32_t row = i / 16, column = i % 16;
-                if (rank + column >= ranks) continue;
+                if (column >= item.ranks) continue;
                 float sum = 0.0f;
 #pragma unroll
                 for (uint32_t part = 0; part < 4; ++part) sum += partial[(part * kShrinkRows + row) * kShrinkPitch + column];
-                const size_t to = static_cast<size_t>(plane) * p.num_tokens * p.top_k + first + row;
-                reinterpret_cast<float*>(p.shrunk)[to * p.max_rank + rank + column] = sum;
+                const size_t to = static_cast<size_t>(item.plane) * p.num_tokens * p.top_k + first + row;
+                reinterpret_cast<float*>(p.shrunk)[to * p.max_rank + item.first_rank + column] = sum * item.scale;
             }
             named_barrier(kBarrierShrink, kShrinkThreads);
         }
     }
+    if (thread == 0 && done > 0) counter_add(&reinterpret_cast<RouteCounts*>(p.counts)->claimed[1], done);
+}
+
+// What a block adds B S to: tokens [first_token, end_token), features from `first_feature` on.
+struct LoraShare {
+    uint32_t first_token, end_token, first_feature, num_chunks;
+    const uint16_t* tokens;  // [rows]
+    const float* weights;    // [rows]
+    float* y;                // [own tokens][64], see place()
+    uint4* pieces;           // [own tokens * k]
+
+    // Where 16 features of a token are: feature i and i + 8 side by side.
+    __device__ __forceinline__ uint32_t place(uint32_t token, uint32_t sixteen) const {
+        return (token - first_token) * 64 + ((sixteen ^ token) & 3) * 16;
+    }
+};
+
+// Rows of a chunk whose tokens are a block's, as 16 bytes in shared memory.
+struct Piece {
+    uint64_t b = 0;  // of the block's features
+    uint32_t row = 0, end = 0, ranks = 0;
+    bool repeats = false;  // a token has two of the rows: its pairs name an expert twice
+
+    Piece() = default;
+    __device__ __forceinline__ Piece(const DecodeDownParams& p, const LoraShare& share, uint32_t index) {
+        const Segment chunk = reinterpret_cast<const Segment*>(p.chunks)[index];
+        const AdapterEntry& entry = down_entry(p, chunk);
+        ranks = (entry.rank + 7) / 8 * 8;
+        b = entry.b + static_cast<uint64_t>(share.first_feature) * ranks * 2;
+        if (ranks == 0) return;
+        // Rows ascend by token.
+        row = chunk.first_row;
+        while (row < chunk.end_row && share.tokens[row] < share.first_token) ++row;
+        end = row;
+        while (end < chunk.end_row && share.tokens[end] < share.end_token) {
+            repeats = repeats || (end > row && share.tokens[end] == share.tokens[end - 1]);
+            ++end;
+        }
+    }
+    __device__ __forceinline__ explicit Piece(uint4 words)
+        : b(words.x | static_cast<uint64_t>(words.y) << 32),
+          row(words.z & 0xffff),
+          end(words.z >> 16),
+          ranks(words.w & 0xffff),
+          repeats(words.w >> 16 != 0) {}
+    __device__ __forceinline__ uint4 words() const {
+        return uint4{static_cast<uint32_t>(b), static_cast<uint32_t>(b >> 32), row | end << 16, ranks | (repeats ? 1u << 16 : 0)};
+    }
+    __device__ __forceinline__ void prefetch(const DecodeDownParams& p, const LoraShare& share) const {
+        bulk_prefetch_l2(reinterpret_cast<const void*>(b), min(kStreamRows, p.hidden_size - share.first_feature) * ranks * 2);
+    }
+    // How many pieces B comes to L2 ahead.
+    static __device__ __forceinline__ uint32_t ahead(const DecodeDownParams& p) { return p.max_rank <= 16 ? 32 : p.max_rank <= 64 ? 8 : 2; }
+};
+
+// Lists a block's pieces, in the order of chunks; returns how many. A warpgroup, every thread some chunks in a row.
+__device__ __forceinline__ uint32_t list_pieces(const DecodeDownParams& p, const LoraShare& share, uint32_t* warp_counts) {
+    const uint32_t thread = threadIdx.x % kShrinkThreads, lane = thread % 32, warp = thread / 32;
+    const uint32_t each = (share.num_chunks + kShrinkThreads - 1) / kShrinkThreads;
+    const uint32_t first = min(share.num_chunks, thread * each), end = min(share.num_chunks, first + each);
+    uint32_t count = 0;
+#pragma unroll 4
+    for (uint32_t index = first; index < end; ++index) {
+        const Piece piece(p, share, index);
+        count += piece.row < piece.end;
+    }
+    uint32_t through = count;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const uint32_t other = __shfl_up_sync(~0u, through, d);
+        if (lane >= d) through += other;
+    }
+    if (lane == 31) warp_counts[warp] = through;
     named_barrier(kBarrierShrink, kShrinkThreads);
-    if (thread == 0) counter_add(&reinterpret_cast<RouteCounts*>(p.counts)->claimed[1], 1);
+    uint32_t at = through - count, total = 0;
+    for (uint32_t i = 0; i < kShrinkThreads / 32; ++i) {
+        at += i < warp ? warp_counts[i] : 0;
+        total += warp_counts[i];
+    }
+    for (uint32_t index = first; index < end; ++index) {
+        const Piece piece(p, share, index);
+        if (piece.row >= piece.end) continue;
+        if (at < Piece::ahead(p)) piece.prefetch(p, share);
+        share.pieces[at++] = piece.words();
+    }
+    named_barrier(kBarrierShrink, kShrinkThreads);
+    return total;
 }
 
-// What the warpgroups that multiply take turns at: all tiles, and among the last ones, after every second, a group of chunks. The
-// first half of the tiles comes before, and what takes about as long as the shrinking.
-struct Turns {
-    uint32_t tiles, chunks, groups, before, count;
+// Goes through the steps of a block: ranks of eight rows, planes of S, the next rows, the next piece. It is at one if row < end.
+struct Steps {
+    Piece piece;
+    uint32_t next = 0, count;
+    uint32_t rank = 0, plane = 0;
 
-    __device__ __forceinline__ Turns(const DecodeDownParams& p, uint32_t tiles, uint32_t num_chunks, uint32_t rank, uint32_t tile_bytes)
-        : tiles(tiles), chunks(num_chunks > rank ? (num_chunks - rank - 1) / p.cluster + 1 : 0) {
-        const uint32_t alone = min(tiles, max(tiles / 2, kBytesBeforeLora / tile_bytes));
-        groups = min(max((tiles - alone) / 2, 1u), (chunks + kUnitsTogether - 1) / kUnitsTogether);
-        before = groups > 0 ? tiles - 2 * (groups - 1) : tiles;
-        count = tiles + groups;
+    __device__ __forceinline__ Steps(const DecodeDownParams& p, const LoraShare& share, uint32_t count) : count(count) {
+        next_piece(p, share);
     }
-    __device__ __forceinline__ bool is_group(uint32_t turn) const { return turn >= before && (turn - before) % 3 == 0 && groups > 0; }
-    __device__ __forceinline__ uint32_t tile(uint32_t turn) const {
-        return turn < before ? turn : before + (turn - before) / 3 * 2 + (turn - before) % 3 - 1;
+    __device__ __forceinline__ void advance(const DecodeDownParams& p, const LoraShare& share) {
+        rank += 16;
+        if (rank < piece.ranks) return;
+        rank = 0;
+        if (++plane < p.planes) return;
+        plane = 0;
+        piece.row += kStepRows;
+        if (piece.row >= piece.end) next_piece(p, share);
     }
-    __device__ __forceinline__ uint32_t end_of_group(uint32_t group) const { return (group + 1) * chunks / groups; }
-};
-
-struct LoraRing {
-    uint32_t base, full, empty;  // shared addresses; stream_barrier_bytes from `full` on
-    uint32_t stages, bytes, unit_bytes;
-    uint32_t stage = 0, phase = 0;
-
-    // One thread.
-    __device__ __forceinline__ void init() const {
-        for (uint32_t i = 0; i < stages; ++i) {
-            mbarrier_init(full + 8 * i, kShrinkThreads / 32 + kShrinkThreads);
-            mbarrier_init(empty + 8 * i, 4);
+    __device__ __forceinline__ void next_piece(const DecodeDownParams& p, const LoraShare& share) {
+        if (next >= count) {
+            piece.row = piece.end = piece.ranks = 0;
+            return;
         }
-        store_shared4(empty + 8 * stages, 0);
+        piece = Piece(share.pieces[next]);
+        const uint32_t later = next + Piece::ahead(p);
+        if (threadIdx.x % kShrinkThreads == 0 && later < count) Piece(share.pieces[later]).prefetch(p, share);
+        ++next;
     }
-    __device__ __forceinline__ uint32_t at() const { return base + stage * bytes; }
-    __device__ __forceinline__ uint32_t unit(uint32_t index) const { return at() + kStageHeader + index * unit_bytes; }
-    __device__ __forceinline__ void wait_full() const { mbarrier_wait(full + 8 * stage, phase); }
-    __device__ __forceinline__ void wait_empty() const { mbarrier_wait(empty + 8 * stage, phase ^ 1); }
-    __device__ __forceinline__ void next() {
-        if (++stage == stages) {
-            stage = 0;
-            phase ^= 1;
+    // Brings the step to a place of the ring. What it is: first row, rows << 16 (0: no step), then the flags below.
+    static constexpr uint32_t kLast = 1u << 24, kRepeats = 1u << 25;  // the rows' last ranks; rows share a token
+    template <class T>
+    __device__ __forceinline__ void bring(const DecodeDownParams& p, const LoraShare& share, uint32_t to) const {
+        const uint32_t lane = threadIdx.x % 32, feature = threadIdx.x / 32 % 4 * 16 + lane / 2;
+        const uint32_t rows = min(kStepRows, piece.end - piece.row);
+        if (rows > 0) {
+            const bool any_b = rank + lane % 2 * 8 < piece.ranks && share.first_feature + feature < p.hidden_size;
+            const T* b = reinterpret_cast<const T*>(piece.b) + (any_b ? feature * piece.ranks + rank + lane % 2 * 8 : 0);
+            cp_async(to + lane * 16, b, any_b);
+            const bool any_s = lane / 4 < rows && rank + lane % 4 * 4 < piece.ranks;
+            const uint32_t row = plane * p.num_tokens * p.top_k + piece.row + (any_s ? lane / 4 : 0);
+            cp_async(to + kStepB + lane * 16, reinterpret_cast<const float*>(p.shrunk) + row * p.max_rank + rank + (any_s ? lane % 4 * 4 : 0),
+                     any_s);
         }
-    }
-    // Where the group before has ended; part of a turn.
-    __device__ __forceinline__ void resume() {
-        const uint32_t position = load_shared4(empty + 8 * stages);
-        stage = position & 0xffff;
-        phase = position >> 16;
-    }
-    __device__ __forceinline__ void leave() const {
-        if (threadIdx.x % 128 == 0) store_shared4(empty + 8 * stages, stage | phase << 16);
-    }
-};
-
-// Up to 32 chunks of a block, one a lane.
-struct Chunks {
-    Segment chunk{0, 0, 0, 0};
-    AdapterEntry entry{0, 0, 0, 0.0f};
-
-    __device__ __forceinline__ Chunks(const DecodeDownParams& p, uint32_t first, uint32_t end, uint32_t rank) {
-        const uint32_t index = first + threadIdx.x % 32;
-        if (index < end) {
-            chunk = reinterpret_cast<const Segment*>(p.chunks)[index * p.cluster + rank];
-            entry = down_entry(p, chunk);
-        }
-    }
-    __device__ __forceinline__ uint32_t units() const {
-        return entry.rank > 0 ? (chunk.end_row - chunk.first_row + kUnitRows - 1) / kUnitRows : 0;
+        const bool last = rank + 16 >= piece.ranks && plane + 1 == p.planes;
+        const uint32_t what = piece.row | rows << 16 | (last ? kLast : 0) | (piece.repeats ? kRepeats : 0);
+        if (lane == 0) store_shared4(to + kStepB + kStepS, rows > 0 ? what : 0);
     }
 };
 
-// The shrinking warpgroup, afterwards. A warp brings every fourth unit.
+// value += B S: S as two 16-bit numbers. A lane's k are four neighbouring ranks.
 template <class T>
-__device__ __forceinline__ void bring_lora(const DecodeDownParams& p, LoraRing ring, const Turns& turns, uint32_t rank,
-                                           uint32_t first_feature, Chunks next) {
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x % kShrinkThreads / 32;
-    const uint32_t features = min(kStreamRows, p.hidden_size - first_feature);
-    bool ready = false;
-    Chunks now = next;
-    for (uint32_t group = 0, first = 0; group < turns.groups; ++group) {
-        const uint32_t end = turns.end_of_group(group);
+__device__ __forceinline__ void multiply_step(uint32_t step, float (&value)[4]) {
+    const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint2 b = load_shared8(step + g * 32 + t * 8), b8 = load_shared8(step + (g + 8) * 32 + t * 8);
+    const uint4 bits = load_shared16(step + kStepB + lane * 16);
+    const float s[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w)};
+    const uint32_t low = narrow_pair<T>(s[0], s[1]), high = narrow_pair<T>(s[2], s[3]);
+    const float2 of_low = widen_pair<T>(low), of_high = widen_pair<T>(high);
+    mma<T>(value, b.x, b8.x, b.y, b8.y, low, high);
+    mma<T>(value, b.x, b8.x, b.y, b8.y, narrow_pair<T>(s[0] - of_low.x, s[1] - of_low.y),
+           narrow_pair<T>(s[2] - of_high.x, s[3] - of_high.y));
+}
+
+// Lanes with the same token go one after the other.
+__device__ __forceinline__ void add_rows(const LoraShare& share, const float (&value)[4], uint32_t first, uint32_t rows, bool repeats) {
+    const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll 1
-        while (first < end) {
-            if (first % 32 == 0) {
-                now = next;
-                next = Chunks(p, first + 32, turns.chunks, rank);
-            }
-            // Of the chunks that the lanes hold, those of this group.
-            const uint32_t from_lane = first % 32, to_lane = min(from_lane + end - first, 32u);
-            const uint32_t own = lane >= from_lane && lane < to_lane ? now.units() : 0;
-            first += to_lane - from_lane;
-            uint32_t through = own;  // units of this lane's chunk and those before
+    for (uint32_t turn = 0; turn < (repeats ? 4 : 1); ++turn) {
 #pragma unroll
-            for (int d = 1; d < 32; d *= 2) {
-                const uint32_t other = __shfl_up_sync(0xffffffffu, through, d);
-                if (lane >= d) through += other;
-            }
-            const uint32_t total = __shfl_sync(0xffffffffu, through, 31);
-            const bool ends = first == end;
-            for (uint32_t base = 0; base < total || (base == 0 && ends); base += p.lora_units) {
-                ring.wait_empty();
-                const uint32_t count = min(p.lora_units, total - base), full = ring.full + 8 * ring.stage;
-                for (uint32_t unit = warp; unit < count; unit += kShrinkThreads / 32) {
-                    const int from = __ffs(__ballot_sync(0xffffffffu, through > base + unit)) - 1;
-                    const uint32_t before = __shfl_sync(0xffffffffu, through - own, from);
-                    const uint32_t ranks = (__shfl_sync(0xffffffffu, now.entry.rank, from) + 7) / 8 * 8;
-                    const float scale = __shfl_sync(0xffffffffu, now.entry.scale, from);
-                    const uint32_t row = __shfl_sync(0xffffffffu, now.chunk.first_row, from) + (base + unit - before) * kUnitRows;
-                    const uint32_t rows = min(kUnitRows, __shfl_sync(0xffffffffu, now.chunk.end_row, from) - row);
-                    const char* b = reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, now.entry.b, from)) +
-                                    static_cast<size_t>(first_feature) * ranks * sizeof(T);
-                    const uint32_t to = ring.unit(unit);
-                    for (uint32_t at = lane; at < kStreamRows * ranks / 8; at += 32) {
-                        const bool inside = at * 8 < features * ranks;
-                        cp_async(to + at * 16, b + (inside ? at * 16 : 0), inside);
-                    }
-                    if (!ready) {
-                        if (lane == 0) {
-                            Watchdog watchdog;
-                            const uint32_t* counter = &reinterpret_cast<RouteCounts*>(p.counts)->claimed[1];
-                            while (counter_read(counter) < gridDim.x) watchdog.turn();
-                        }
-                        __syncwarp();
-                        ready = true;
-                    }
-                    if (lane / 4 < rows) {
-                        for (uint32_t plane = 0; plane < p.planes; ++plane) {
-                            const size_t of_row = static_cast<size_t>(plane) * p.num_tokens * p.top_k + row + lane / 4;
-                            const float* s = reinterpret_cast<const float*>(p.shrunk) + of_row * p.max_rank;
-                            for (uint32_t at = lane % 4; at < ranks / 4; at += 4) {
-                                cp_async(to + (32 + plane * kUnitRows + lane / 4) * ranks * 4 + at * 16, s + at * 4, true);
-                            }
-                        }
-                    }
-                    if (lane == 0) {
-                        store_shared16(ring.at() + (1 + unit) * 16, uint4{row, rows | ranks << 16, __float_as_uint(scale), 0});
-                    }
-                }
-                cp_async_arrive(full);
-                if (lane == 0) {
-                    if (warp == 0) store_shared16(ring.at(), uint4{count, ends && base + count >= total, 0, 0});
-                    mbarrier_arrive(full);
-                }
-                ring.next();
-            }
+        for (uint32_t i = 0; i < 2; ++i) {
+            const uint32_t row = first + 2 * t + i;
+            if (2 * t + i >= rows || (repeats && turn != t)) continue;
+            const float weight = share.weights[row];
+            float2& to = reinterpret_cast<float2*>(share.y + share.place(share.tokens[row], threadIdx.x / 32))[g];
+            to = float2{to.x + weight * value[i], to.y + weight * value[2 + i]};
         }
+        __syncwarp();
     }
 }
 
-// S of a row in two 16-bit numbers: pairs of ranks 0, 1 and 2, 3.
-template <class T>
-__device__ __forceinline__ void split(const float4& s, uint32_t (&high)[2], uint32_t (&low)[2]) {
-    const float from[4] = {s.x, s.y, s.z, s.w};
-    __align__(8) T first[4], second[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        first[i] = narrow<T>(from[i]);
-        second[i] = narrow<T>(from[i] - widen(first[i]));
+// Waits until the oldest steps of a ring are there; the later ones may be under way.
+__device__ __forceinline__ void wait_for_steps(uint32_t steps) {
+    if (steps == 4 * kStepsTogether) {
+        cp_async_wait<3>();
+    } else if (steps == 2 * kStepsTogether) {
+        cp_async_wait<1>();
+    } else {
+        cp_async_wait<0>();
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        high[i] = reinterpret_cast<const uint32_t*>(first)[i];
-        low[i] = reinterpret_cast<const uint32_t*>(second)[i];
-    }
+    __syncwarp();
 }
 
-// The units of a stage to `sum`: a warp does 16 features. Products side by side, then sums one after the other: units may share
-// tokens.
+// `ring`: of the warp; `shrinks`: what must have been counted before S is read. Products side by side, then sums one after the other:
+// steps may share tokens.
 template <class T>
-__device__ __forceinline__ void add_units(const DecodeDownParams& p, const LoraRing& ring, uint32_t count, const ExpertSum& sum) {
-    const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, feature = threadIdx.x / 32 % 4 * 16 + g;
-    const float no_bias[2] = {0.0f, 0.0f};
-#pragma unroll 1
-    for (uint32_t first = 0; first < count; first += kUnitsTogether) {
-        float value[kUnitsTogether][4] = {};
-        uint4 record[kUnitsTogether];
-        bool repeats[kUnitsTogether];
-#pragma unroll
-        for (uint32_t i = 0; i < kUnitsTogether; ++i) {
-            record[i] = first + i < count ? load_shared16(ring.at() + (1 + first + i) * 16) : uint4{0, 0, 0, 0};
-        }
-        const auto step = [&](uint32_t i, uint32_t rank) {
-            const uint32_t rows = record[i].y & 0xffff, ranks = record[i].y >> 16;
-            const bool any = rank + t * 4 < ranks;
-            const uint32_t unit = ring.unit(first + i), b = unit + (feature * ranks + rank + t * 4) * 2;
-            const uint2 low_b = any ? load_shared8(b) : uint2{0, 0};
-            const uint2 high_b = any ? load_shared8(b + 16 * ranks) : uint2{0, 0};
-            float4 s{0.0f, 0.0f, 0.0f, 0.0f};
-            if (any && g < rows) {
-                for (uint32_t plane = 0; plane < p.planes; ++plane) {
-                    const uint4 bits = load_shared16(unit + ((32 + plane * kUnitRows + g) * ranks + rank + t * 4) * 4);
-                    s.x += __uint_as_float(bits.x), s.y += __uint_as_float(bits.y);
-                    s.z += __uint_as_float(bits.z), s.w += __uint_as_float(bits.w);
-                }
-                const float scale = __uint_as_float(record[i].z);
-                s.x *= scale, s.y *= scale, s.z *= scale, s.w *= scale;
-            }
-            uint32_t high[2], low[2];
-            split<T>(s, high, low);
-            mma<T>(value[i], low_b.x, high_b.x, low_b.y, high_b.y, high[0], high[1]);
-            mma<T>(value[i], low_b.x, high_b.x, low_b.y, high_b.y, low[0], low[1]);
-        };
-        uint32_t most = 0;
-#pragma unroll
-        for (uint32_t i = 0; i < kUnitsTogether; ++i) {
-            step(i, 0);
-            repeats[i] = sum.repeats(record[i].x, record[i].y & 0xffff);
-            most = max(most, record[i].y >> 16);
-        }
-#pragma unroll 1
-        for (uint32_t rank = 16; rank < most; rank += 16) {
-#pragma unroll
-            for (uint32_t i = 0; i < kUnitsTogether; ++i) {
-                if (rank < record[i].y >> 16) step(i, rank);
-            }
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < kUnitsTogether; ++i) {
-            sum.add(value[i], record[i].x, 0, record[i].y & 0xffff, feature, no_bias, repeats[i]);
-            __syncwarp();
-        }
+__device__ __forceinline__ void add_lora(const DecodeDownParams& p, const LoraShare& share, uint32_t ring, uint32_t pieces,
+                                         uint32_t shrinks) {
+    if (pieces == 0) return;
+    if (threadIdx.x % kShrinkThreads == 0) {
+        Watchdog watchdog;
+        while (counter_read(&reinterpret_cast<const RouteCounts*>(p.counts)->claimed[1]) < shrinks) watchdog.turn();
     }
-}
-
-// A group of chunks, in a warpgroup's turn `turn`; `hand_over`: there is another turn.
-template <class T>
-__device__ __forceinline__ void consume_group(const DecodeDownParams& p, const Stream& stream, LoraRing& ring, uint32_t turn,
-                                              bool hand_over, const ExpertSum& sum) {
-    bool first = true;
-    ring.resume();
-    for (bool last = false; !last;) {
-        ring.wait_full();
-        const LoraRing stage = ring;
-        const uint4 header = load_shared16(stage.at());
-        last = header.y != 0;
-        ring.next();
-        if (last) {
-            ring.leave();
-            if (hand_over) stream.pass_turn();
+    named_barrier(kBarrierShrink, kShrinkThreads);
+    Steps steps(p, share, pieces);
+    float value[4] = {};
+    const uint32_t end = ring + p.lora_steps * kStepBytes;
+    uint32_t to = ring;
+    bool full = false;
+#pragma unroll 1
+    for (;;) {
+#pragma unroll
+        for (uint32_t i = 0; i < kStepsTogether; ++i) {
+            steps.bring<T>(p, share, to + i * kStepBytes);
+            steps.advance(p, share);
         }
-        if (first && turn > 0) named_barrier(kBarrierAccumulate + threadIdx.x / 128, kStreamConsumers);
-        first = false;
-        add_units<T>(p, stage, header.x, sum);
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(stage.empty + 8 * stage.stage);
+        cp_async_commit();
+        to += kStepsTogether * kStepBytes;
+        if (to == end) to = ring, full = true;
+        if (!full) continue;
+        wait_for_steps(p.lora_steps);
+        float product[kStepsTogether][4] = {};
+        uint32_t what[kStepsTogether];
+#pragma unroll
+        for (uint32_t i = 0; i < kStepsTogether; ++i) what[i] = load_shared4(to + i * kStepBytes + kStepB + kStepS);
+#pragma unroll
+        for (uint32_t i = 0; i < kStepsTogether; ++i) multiply_step<T>(to + i * kStepBytes, product[i]);
+        if (what[0] == 0) break;
+#pragma unroll
+        for (uint32_t i = 0; i < kStepsTogether; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) value[j] += product[i][j];
+            if (what[i] & Steps::kLast) {
+                add_rows(share, value, what[i] & 0xffff, what[i] >> 16 & 255, what[i] & Steps::kRepeats);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) value[j] = 0.0f;
+            }
+        }
+        __syncwarp();
     }
 }

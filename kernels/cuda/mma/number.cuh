@@ -27,6 +27,30 @@ __device__ __forceinline__ float narrow<float>(float x) {
     return x;
 }
 
+// Two numbers in 32 bits, the first one in the lower half.
+template <class T>
+__device__ __forceinline__ uint32_t narrow_pair(float x, float y);
+template <>
+__device__ __forceinline__ uint32_t narrow_pair<bf16>(float x, float y) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ __forceinline__ uint32_t narrow_pair<f16>(float x, float y) {
+    const __half2 pair = __floats2half2_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <class T>
+__device__ __forceinline__ float2 widen_pair(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 widen_pair<bf16>(uint32_t pair) {
+    return float2{__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+template <>
+__device__ __forceinline__ float2 widen_pair<f16>(uint32_t pair) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
 // c[16, 8] += a[16, 16] b[16, 8] by one warp. With g = lane / 4 and t = lane % 4 a lane holds
 //   a: (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..)   pairs along k
 //   b: (2t.., g), (2t + 8.., g)                                      pairs along k

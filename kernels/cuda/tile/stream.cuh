@@ -26,6 +26,7 @@ constexpr uint32_t kBarrierTurn = 2;        // + warpgroup: its turn to wait for
 constexpr uint32_t kBarrierAccumulate = 4;  // + warpgroup: its turn to add up
 constexpr uint32_t kBarrierGroup = 6;       // + warpgroup: its own
 constexpr uint32_t kBarrierShrink = 8;
+constexpr uint32_t kBarrierLora = 9;
 
 // Two barriers a stage, and where the consumers are.
 __host__ __device__ constexpr uint32_t stream_barrier_bytes(uint32_t stages) { return 16 * stages + 16; }

@@ -11,9 +11,9 @@ const MOST_ROWS: u64 = 16;
 /// (Token, expert) pairs up to which they are faster, by the largest rank that is configured: see docs/kernels.md.
 const fn most_pairs(max_rank: u32) -> u64 {
     match max_rank {
-        0 => 512,
-        1..=32 => 128,
-        _ => 32,
+        0..=32 => 512,
+        33..=64 => 128,
+        _ => 0,
     }
 }
 
@@ -78,10 +78,16 @@ mod tests {
             let args = |num_tokens| ForwardArgs { num_tokens, top_k, num_experts, ..Default::default() };
             assert!(few_rows(&args(most)) && !few_rows(&args(most + 1)));
         }
-        for (max_rank, most) in [(8, 16), (32, 16), (40, 4), (512, 4)] {
-            let args =
-                |num_tokens| ForwardArgs { num_tokens, top_k: 8, num_experts: 128, max_rank, ..Default::default() };
-            assert!(few_rows(&args(most)) && !few_rows(&args(most + 1)), "{max_rank}");
+        let args = |max_rank, num_tokens| ForwardArgs {
+            num_tokens,
+            top_k: 8,
+            num_experts: 128,
+            max_rank,
+            ..Default::default()
+        };
+        for (max_rank, most) in [(8, 64), (32, 64), (40, 16), (64, 16)] {
+            assert!(few_rows(&args(max_rank, most)) && !few_rows(&args(max_rank, most + 1)), "{max_rank}");
         }
+        assert!(!few_rows(&args(72, 1)));
     }
 }
