@@ -167,7 +167,8 @@ extern "C" __global__ void __launch_bounds__(1024) moe_lora_cluster_align(const 
             } else {
                 const uint32_t of_token = by_top_k(i);
                 const uint32_t id = static_cast<uint32_t>(ids[at.tokens[of_token].x * p.top_k + i - of_token * p.top_k]);
-                at.records[i] = id < experts ? id : id == ~0u ? experts : experts + 1;
+                const uint32_t local = id - p.first_expert;
+                at.records[i] = local < experts ? local : id == ~0u || id < p.all_experts ? experts : experts + 1;
             }
         }
         __syncwarp();

@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(1024) moe_lora_decode_align(const A
     }
     __syncthreads();
 
-    // Pairs by expert; two bins follow the experts: -1, and ids that should not be. A warp owns 32 * each pairs in a row.
+    // Pairs by expert; two bins follow the experts: -1 and other ranks' experts, and ids that should not be. A warp owns 32 * each pairs in a row.
     uint32_t pair[2], bin[2], rank[2];
     float weight[2];
     uint16_t* mine = counters + warp * bins;
@@ -99,9 +99,10 @@ extern "C" __global__ void __launch_bounds__(1024) moe_lora_decode_align(const A
         const bool any = at < pairs;
         const uint32_t token = any ? s.order[at / p.top_k] : 0;
         pair[i] = token * p.top_k + at % p.top_k;
-        const uint32_t id = any ? static_cast<uint32_t>(ids[pair[i]]) : 0;
+        const uint32_t id = any ? static_cast<uint32_t>(ids[pair[i]]) : 0, local = id - p.first_expert;
         weight[i] = any ? weights[pair[i]] : 0.0f;
-        bin[i] = !any ? ~0u : id < p.num_experts ? id : id == ~0u ? p.num_experts : p.num_experts + 1;
+        const bool elsewhere = id == ~0u || id < p.all_experts;
+        bin[i] = !any ? ~0u : local < p.num_experts ? local : elsewhere ? p.num_experts : p.num_experts + 1;
     }
 #pragma unroll
     for (uint32_t i = 0; i < 2; ++i) {

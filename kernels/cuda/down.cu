@@ -17,9 +17,13 @@ namespace {
 template <class T, class Shape>
 __device__ __forceinline__ void down_products(const DownParams& p, const RowTile& tile, uint32_t num_segments,
                                               uint32_t first_feature, char* shared) {
+    // The tile's features that have a row of B: all, but for fully sharded adapters.
+    const uint32_t end_feature = min(first_feature + kWeightRows, p.hidden_size);
+    const uint32_t first_b = max(first_feature, p.first_b), end_b = min(end_feature, p.first_b + p.num_b);
+    const bool any_b = p.adapters != 0 && first_b < end_b;
     const TileLora<T, 1> lora{tile, reinterpret_cast<LoraPart*>(shared + kProductShared),
-                             reinterpret_cast<const uint32_t*>(p.shrunk), p.shrunk_stride, 0, first_feature,
-                             min(static_cast<uint32_t>(kWeightRows), p.hidden_size - first_feature)};
+                             reinterpret_cast<const uint32_t*>(p.shrunk), p.shrunk_stride, 0, first_b - p.first_b,
+                             end_b - first_b, first_b - first_feature};
     const T* half = reinterpret_cast<const T*>(p.down) + tile.expert * p.expert_stride;
     const T* const weights[2] = {half, half};
     float sum[Shape::kM16][Shape::kN8][4] = {};
@@ -34,10 +38,10 @@ __device__ __forceinline__ void down_products(const DownParams& p, const RowTile
         },
         lora,
         [&](uint32_t raw) {
-            if (p.adapters != 0) lora.read(raw, p.segments, num_segments);
+            if (any_b) lora.read(raw, p.segments, num_segments);
         },
         [&](uint32_t raw) -> uint32_t {
-            return p.adapters == 0 ? 0 : lora.list(raw, num_segments, p.adapters, p.num_experts, 2);
+            return !any_b ? 0 : lora.list(raw, num_segments, p.adapters, p.num_experts, 2);
         });
     stage_tile<Shape, false>(sum, reinterpret_cast<float*>(shared));
 }

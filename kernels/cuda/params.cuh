@@ -42,7 +42,7 @@ struct RouteCounts {
     uint32_t num_segments;
     uint32_t num_tiles;
     uint32_t num_chunks;
-    uint32_t bad_experts;  // ids outside [-1, E), skipped
+    uint32_t bad_experts;  // ids that are no expert of any rank, nor -1: skipped
     uint32_t bad_slots;    // slots outside [-1, L), taken as -1
     uint32_t claimed[2];   // zero: what kernels that share out a list as they go count with (gate_up, down); they leave zero
 };
@@ -90,9 +90,11 @@ struct AlignParams {
     uint32_t num_experts;
     uint32_t num_slots;
     uint32_t tile_rows;  // 0: tiles of kTileRows rows; else an expert's rows in equal tiles of at most this many, a multiple of 16
+    uint32_t first_expert;  // the id of expert 0
+    uint32_t all_experts;   // ids below this that are not in [first_expert, first_expert + E) are like -1: other ranks' experts
     uint32_t reserved;
 };
-static_assert(sizeof(AlignParams) == 136, "AlignParams");
+static_assert(sizeof(AlignParams) == 144, "AlignParams");
 
 // Pairs of every slot by expert, padded to whole blocks. Slots that are disabled or not listed: nothing is written.
 struct AlignBlockParams {
@@ -141,8 +143,20 @@ struct ShrinkParams {
     uint32_t max_rank;          // multiple of 8; projection p starts at column p * max_rank
     uint32_t shrunk_stride;
     uint32_t octets;            // 1: of eight neighbouring ranks the eight first numbers come first, as the prefill kernels read them
+    // Fully sharded adapters: `shrunk` is f32, which moe_lora_split makes pairs of when the ranks have added theirs.
+    uint32_t part;   // A holds this part of its ranks, without padding; their columns alone are written
+    uint32_t parts;  // 0: A is whole and `shrunk` is pairs
 };
-static_assert(sizeof(ShrinkParams) == 80, "ShrinkParams");
+static_assert(sizeof(ShrinkParams) == 88, "ShrinkParams");
+
+// Values of `shrunk` from f32 to two numbers of the activation's format whose sum they are, in place.
+struct SplitParams {
+    uint64_t counts;  // RouteCounts
+    uint64_t shrunk;  // [rows, stride]
+    uint32_t stride;  // a multiple of 8
+    uint32_t octets;  // as in ShrinkParams
+};
+static_assert(sizeof(SplitParams) == 24, "SplitParams");
 
 // The same for many rows (sm_90a), from segments; in octets.
 struct PrefillShrinkParams {
@@ -212,8 +226,10 @@ struct DownParams {
     uint32_t intermediate_size;
     uint32_t shrunk_stride;
     uint32_t rows_f32;  // rows_out is f32 and not the activation's format
+    uint32_t first_b;   // B has rows for features [first_b, first_b + num_b); all, but for fully sharded adapters
+    uint32_t num_b;
 };
-static_assert(sizeof(DownParams) == 104, "DownParams");
+static_assert(sizeof(DownParams) == 112, "DownParams");
 
 // The same for experts with many rows (sm_90a). `weights`: boxes {64 k, 8 rows, gate and up, 8 groups of 8 rows, expert}.
 struct PrefillGateUpParams {

@@ -150,10 +150,10 @@ extern "C" __global__ void __launch_bounds__(kSortThreads) moe_lora_align(const 
         if (slot < 0 || slot >= static_cast<int32_t>(p.num_slots)) return -1;
         return active == nullptr || active[slot] != 0 ? slot : -1;
     };
-    // Two bins follow the experts: -1, and ids that should not be.
+    // Two bins follow the experts: -1 and other ranks' experts, and ids that should not be.
     const auto expert_of = [&](uint32_t pair) -> uint32_t {
-        const uint32_t id = static_cast<uint32_t>(ids[pair]);
-        return id < experts ? id : id == ~0u ? experts : experts + 1;
+        const uint32_t id = static_cast<uint32_t>(ids[pair]), local = id - p.first_expert;
+        return local < experts ? local : id == ~0u || id < p.all_experts ? experts : experts + 1;
     };
 
     uint32_t bad_slots = 0;
@@ -200,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(kSortThreads) moe_lora_align(const 
         num_rows, experts, p.tile_rows, align_shared + experts + 3, bad_slots, align_shared,
         [&](uint32_t row) {
             const uint32_t pair = __ldcg(row_pair + row);
-            return RowKey{static_cast<uint32_t>(ids[pair]), slots == nullptr ? -1 : slot_of(pair / p.top_k)};
+            return RowKey{static_cast<uint32_t>(ids[pair]) - p.first_expert, slots == nullptr ? -1 : slot_of(pair / p.top_k)};
         },
         table, barrier, reinterpret_cast<Segment*>(p.segments), reinterpret_cast<RowTile*>(p.tiles),
         reinterpret_cast<Segment*>(p.chunks), counts);

@@ -9,6 +9,8 @@
 // A lane copies 16 contiguous bytes of its A rows and its tokens, eight k each, to a queue in shared memory that only
 // itself reads: no barriers, and up to 96 KB in flight. As both operands number k alike, any such order gives the product.
 // S is kept in two 16-bit numbers, see params.cuh.
+// Of fully sharded adapters A holds a part of the ranks, and S stays f32 until moe_lora_split_{bf16,f16}, when the ranks of the
+// group have added theirs.
 // Cost: A read once per 8 to 64 rows, the tokens once per 16 or 32 ranks, mostly from L2.
 // Limits: K a multiple of 8; grid: any, of kShrinkThreads; kShrinkShared bytes of dynamic shared memory.
 #include "mma/number.cuh"
@@ -32,13 +34,18 @@ constexpr int kShrinkBlocks = 1;
 struct RankGroups {
     AdapterEntry entry[2];
     uint32_t groups[2];
+    uint32_t first[2], rows[2];  // of a part: the first rank of all that A has, and how many
 
     __device__ void read(const ShrinkParams& p, const Segment& chunk) {
         const auto* table = reinterpret_cast<const AdapterEntry*>(p.adapters);
         const size_t at = (static_cast<size_t>(chunk.slot) * p.num_experts + chunk.expert) * 3 + p.first_projection;
         for (uint32_t i = 0; i < 2; ++i) {
             entry[i] = i < p.num_projections ? table[at + i] : AdapterEntry{0, 0, 0, 0.0f};
-            groups[i] = (entry[i].rank + 7) / 8;
+            const uint32_t rank = entry[i].rank, each = p.parts > 1 ? rank / p.parts : rank;
+            const uint32_t longer = p.parts > 1 ? rank % p.parts : 0;
+            first[i] = p.part * each + min(p.part, longer);
+            rows[i] = p.parts > 1 ? each + (p.part < longer) : (rank + 7) / 8 * 8;
+            groups[i] = (rows[i] + 7) / 8;
         }
     }
     __device__ uint32_t count() const { return groups[0] + groups[1]; }
@@ -48,7 +55,17 @@ struct RankGroups {
         if (group >= count()) return nullptr;
         const bool second = group >= groups[0];
         const T* a = reinterpret_cast<const T*>(second ? entry[1].a : entry[0].a);
-        return a + static_cast<size_t>((second ? group - groups[0] : group) * 8 + g) * width;
+        const uint32_t row = (second ? group - groups[0] : group) * 8 + g;
+        return row < (second ? rows[1] : rows[0]) ? a + static_cast<size_t>(row) * width : nullptr;
+    }
+    // Four ranks of a row of a part, from `rank` of group `group` on.
+    __device__ void store_part(const ShrinkParams& p, uint32_t row, uint32_t group, uint32_t rank,
+                               const float (&total)[4]) const {
+        const uint32_t i = group >= groups[0], at = (group - (i ? groups[0] : 0)) * 8 + rank;
+        float* to = reinterpret_cast<float*>(p.shrunk) + static_cast<size_t>(row) * p.shrunk_stride + i * p.max_rank + first[i];
+        for (uint32_t j = 0; j < 4; ++j) {
+            if (at + j < rows[i]) to[at + j] = total[j] * entry[i].scale;
+        }
     }
 };
 
@@ -182,6 +199,10 @@ __device__ __forceinline__ void shrink(const ShrinkParams& p, const RankGroups& 
             total[2] += of_warp.z;
             total[3] += of_warp.w;
         }
+        if (p.parts != 0) {
+            ranks.store_part(p, row, group, column % 8, total);
+            continue;
+        }
         const bool second = group >= ranks.groups[0];
         const uint32_t rank = (second ? group - ranks.groups[0] : group) * 8 + column % 8;
         const float scale = second ? ranks.entry[1].scale : ranks.entry[0].scale;
@@ -246,6 +267,30 @@ __device__ __forceinline__ void shrink_kernel(const ShrinkParams& p) {
     }
 }
 
+constexpr int kSplitThreads = 256;
+
+// Eight neighbouring ranks a thread. Rows without an adapter hold anything, before and after.
+template <class T>
+__device__ __forceinline__ void split_kernel(const SplitParams& p) {
+    wait_for_previous_launch();
+    const uint64_t octets = static_cast<uint64_t>(reinterpret_cast<const RouteCounts*>(p.counts)->num_rows) * (p.stride / 8);
+    for (uint64_t i = blockIdx.x * kSplitThreads + threadIdx.x; i < octets; i += gridDim.x * kSplitThreads) {
+        uint4* at = reinterpret_cast<uint4*>(p.shrunk) + 2 * i;
+        __align__(16) float values[8];
+        *reinterpret_cast<uint4*>(values) = at[0];
+        *reinterpret_cast<uint4*>(values + 4) = at[1];
+        __align__(16) T first[8], second[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            first[j] = narrow<T>(values[j]);
+            second[j] = narrow<T>(values[j] - widen(first[j]));
+        }
+        const uint4 a = *reinterpret_cast<const uint4*>(first), b = *reinterpret_cast<const uint4*>(second);
+        at[0] = p.octets ? a : uint4{a.x, a.y, b.x, b.y};
+        at[1] = p.octets ? b : uint4{a.z, a.w, b.z, b.w};
+    }
+}
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kShrinkThreads, kShrinkBlocks) moe_lora_shrink_bf16(const ShrinkParams p) {
@@ -254,4 +299,12 @@ extern "C" __global__ void __launch_bounds__(kShrinkThreads, kShrinkBlocks) moe_
 
 extern "C" __global__ void __launch_bounds__(kShrinkThreads, kShrinkBlocks) moe_lora_shrink_f16(const ShrinkParams p) {
     shrink_kernel<f16>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(kSplitThreads) moe_lora_split_bf16(const SplitParams p) {
+    split_kernel<bf16>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(kSplitThreads) moe_lora_split_f16(const SplitParams p) {
+    split_kernel<f16>(p);
 }

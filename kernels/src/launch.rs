@@ -2,7 +2,7 @@
 
 use crate::{
     AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, NoiseParams, PeakParams, PrefillDownParams,
-    PrefillGateUpParams, PrefillShrinkParams, ReadParams, ShrinkParams, TopkParams,
+    PrefillGateUpParams, PrefillShrinkParams, ReadParams, ShrinkParams, SplitParams, TopkParams,
 };
 
 /// `kTileRows`.
@@ -21,6 +21,8 @@ const PAIRS_OF_A_BLOCK: u64 = 1024;
 const TOPK_WARPS: u32 = 4;
 /// `kShrinkShared`.
 pub(crate) const SHRINK_SHARED: u32 = 8 * 12 * 1024;
+/// `kSplitThreads`.
+const SPLIT_THREADS: u64 = 256;
 /// `kProductShared + kLoraPartsBytes`.
 pub(crate) const PRODUCT_SHARED: u32 = 96 * 1024 + 128 * 24;
 /// `kGroupedShared`.
@@ -156,6 +158,15 @@ impl ShrinkParams {
         let pieces = bounds.pairs.min(bounds.chunks * (CHUNK_ROWS / 8)) * rank_blocks;
         let blocks = pieces.clamp(1, 2 * u64::from(sm_count.max(1))) as u32;
         Launch::new([blocks, 1, 1], 256, SHRINK_SHARED)
+    }
+}
+
+impl SplitParams {
+    /// One block 2048 numbers, up to eight an SM.
+    #[must_use]
+    pub fn launch(&self, bounds: &RouteBounds, sm_count: u32) -> Launch {
+        let blocks = (bounds.pairs * u64::from(self.stride)).div_ceil(8 * SPLIT_THREADS);
+        Launch::new([blocks.clamp(1, 8 * u64::from(sm_count.max(1))) as u32, 1, 1], SPLIT_THREADS as u32, 0)
     }
 }
 
@@ -317,6 +328,7 @@ mod tests {
             "static_assert(sizeof(LoraPart) == 24".to_owned(),
             "kProductThreads = 256;".to_owned(),
             "kShrinkWarps = 8;".to_owned(),
+            format!("kSplitThreads = {SPLIT_THREADS};"),
             "kCombineThreads = 128;".to_owned(),
             "kWeightRows = 128;".to_owned(),
             "kPiecesThreads = (8 + kCopyWarps + 1) * 32;".to_owned(),

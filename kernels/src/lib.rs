@@ -33,7 +33,8 @@ pub use decode_layer::{DecodeClearParams, DecodeLayerParams, LayerPlan};
 pub use launch::{Launch, RouteBounds};
 pub use params::{
     AlignBlockParams, AlignParams, CombineParams, DownParams, GateUpParams, KernelParams, NoiseParams, PeakParams,
-    PrefillDownParams, PrefillGateUpParams, PrefillShrinkParams, ReadParams, ShrinkParams, TensorMap, TopkParams,
+    PrefillDownParams, PrefillGateUpParams, PrefillShrinkParams, ReadParams, ShrinkParams, SplitParams, TensorMap,
+    TopkParams,
 };
 pub use records::{AdapterEntry, DeviceSegment, RouteCounts, RowTile};
 
@@ -216,11 +217,13 @@ pub enum Kernel {
     DecodeClear,
     /// `moe_lora_prefill_shrink_*`.
     PrefillShrink(Format),
+    /// `moe_lora_split_*`.
+    Split(Format),
 }
 
 impl Kernel {
     /// All entry points.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 32] = [
         Self::Topk,
         Self::Align,
         Self::Shrink(Format::Bf16),
@@ -251,6 +254,8 @@ impl Kernel {
         Self::DecodeClear,
         Self::PrefillShrink(Format::Bf16),
         Self::PrefillShrink(Format::F16),
+        Self::Split(Format::Bf16),
+        Self::Split(Format::F16),
     ];
 
     /// Its place in [`ALL`](Self::ALL).
@@ -279,6 +284,7 @@ impl Kernel {
             Self::DecodeLayer(format) => 25 + second(format),
             Self::DecodeClear => 27,
             Self::PrefillShrink(format) => 28 + second(format),
+            Self::Split(format) => 30 + second(format),
         }
     }
 
@@ -287,7 +293,7 @@ impl Kernel {
     pub const fn family(self) -> Family {
         match self {
             Self::Topk | Self::Align | Self::AlignBlock => Family::Route,
-            Self::Shrink(_) => Family::Shrink,
+            Self::Shrink(_) | Self::Split(_) => Family::Shrink,
             Self::GateUp(_) => Family::GateUp,
             Self::Down(_) => Family::Down,
             Self::Combine(_) => Family::Combine,
@@ -338,6 +344,8 @@ impl Kernel {
             Self::DecodeClear => "moe_lora_decode_clear",
             Self::PrefillShrink(Format::Bf16) => "moe_lora_prefill_shrink_bf16",
             Self::PrefillShrink(Format::F16) => "moe_lora_prefill_shrink_f16",
+            Self::Split(Format::Bf16) => "moe_lora_split_bf16",
+            Self::Split(Format::F16) => "moe_lora_split_f16",
         }
     }
 
@@ -349,7 +357,7 @@ impl Kernel {
             Self::Align | Self::AlignBlock => launch::align_shared(launch::MOST_EXPERTS, u32::MAX),
             Self::Shrink(_) => launch::SHRINK_SHARED,
             Self::GateUp(_) | Self::Down(_) => launch::PRODUCT_SHARED,
-            Self::Combine(_) | Self::Noise(_) | Self::Read => 0,
+            Self::Combine(_) | Self::Noise(_) | Self::Read | Self::Split(_) => 0,
             Self::Peak => launch::PEAK_SHARED,
             Self::PrefillShrink(_) => launch::PIECES_SHARED,
             Self::PrefillGateUp(_) | Self::PrefillDown(_) => launch::GROUPED_SHARED,

@@ -82,7 +82,7 @@ params!(
 
 params!(
     /// Pairs to rows sorted by (expert, slot), and the lists of work. Needs T > 0.
-    AlignParams, 136, |_| Kernel::Align, {
+    AlignParams, 144, |_| Kernel::Align, {
         /// i32 `[T, k]`.
         topk_ids: u64,
         /// f32 `[T, k]`.
@@ -121,6 +121,10 @@ params!(
         num_slots: u32,
         /// 0: row tiles of 128 rows; else an expert's rows in equal tiles of at most this many, a multiple of 16.
         tile_rows: u32,
+        /// The id of expert 0.
+        first_expert: u32,
+        /// Ids below this that are not in `first_expert..first_expert + E` are like -1: other ranks' experts.
+        all_experts: u32,
         /// Zero.
         reserved: u32,
     }
@@ -184,7 +188,7 @@ params!(
 
 params!(
     /// `s = scale * A x` for every row of every LoRA chunk.
-    ShrinkParams, 80, Kernel::Shrink, {
+    ShrinkParams, 88, Kernel::Shrink, {
         /// `[*, K]`.
         input: u64,
         /// u32 `[rows]`: input row = row_pair / top_k; 0: input row = row.
@@ -212,6 +216,24 @@ params!(
         /// Numbers from row to row of `shrunk`, a multiple of 8.
         shrunk_stride: u32,
         /// 1: of eight neighbouring ranks the eight first numbers come first, as the prefill kernels read them; 0: of four.
+        octets: u32,
+        /// A holds this part of its ranks, without padding; their columns alone are written.
+        part: u32,
+        /// 0: A is whole, and `shrunk` is pairs of numbers; else it is f32, for [`SplitParams`] when all parts are added.
+        parts: u32,
+    }
+);
+
+params!(
+    /// Values of `shrunk` from f32 to two numbers of the activation's format whose sum they are, in place.
+    SplitParams, 24, Kernel::Split, {
+        /// RouteCounts.
+        counts: u64,
+        /// `[rows, stride]`.
+        shrunk: u64,
+        /// Numbers from row to row, a multiple of 8.
+        stride: u32,
+        /// As in [`ShrinkParams`].
         octets: u32,
     }
 );
@@ -333,7 +355,7 @@ params!(
 
 params!(
     /// `y = W_down h + B S + bias` for every row.
-    DownParams, 104, Kernel::Down, {
+    DownParams, 112, Kernel::Down, {
         /// `[rows, I]`.
         intermediate: u64,
         /// `[E, H, I]`.
@@ -366,6 +388,10 @@ params!(
         shrunk_stride: u32,
         /// Rows_out is f32 and not the activation's format.
         rows_f32: u32,
+        /// The first feature that B has a row for: 0, but for fully sharded adapters.
+        first_b: u32,
+        /// Rows of B: H, but for fully sharded adapters.
+        num_b: u32,
     }
 );
 

@@ -37,6 +37,7 @@ const UNSAFE: &[&str] = &[
     "crates/moe-lora-bench/src/gpu.rs",
     "crates/moe-lora-bench/src/gpu/launch.rs",
     "crates/moe-lora-bench/src/gpu/pool.rs",
+    "crates/moe-lora-bench/src/gpu/ranks.rs",
     "crates/moe-lora-c/src/",
     "crates/moe-lora-cuda/",
     "crates/moe-lora-files/src/map.rs",

@@ -32,7 +32,7 @@ fn dense<T: Element>(layer: &AdapterLayer, shape: &LayerShape) -> Result<Adapter
         Ok(copy)
     };
     let mut lora =
-        |lora: Option<&Lora>| lora.map(|lora| Lora::new(copy(lora.a())?, copy(lora.b())?, lora.scale())).transpose();
+        |lora: Option<&Lora>| lora.map(|lora| lora.with_matrices(copy(lora.a())?, copy(lora.b())?)).transpose();
     let mut expert = |expert: &ExpertLora| -> Result<ExpertLora, InputError> {
         let [gate, up, down] = Projection::ALL.map(|p| lora(expert.get(p)));
         Ok(ExpertLora { gate: gate?, up: up?, down: down? })

@@ -18,9 +18,17 @@ fn cut(array: &Array, rows: std::ops::Range<usize>, cols: std::ops::Range<usize>
 fn part(pairs: &Pairs, shard: &Shard) -> Pairs {
     let share = shard.share(&SIZES.model(1).layer).unwrap();
     let mine = pairs.iter().filter(|((_, e, _), _)| share.experts.contains(e));
-    let cut_pair = |p, Pair { a, b, scale }: &Pair| match p {
-        Projection::Down => Pair { a: cut(a, 0..a.shape[0], share.intermediate.clone()), b: b.clone(), scale: *scale },
-        _ => Pair { a: a.clone(), b: cut(b, share.intermediate.clone(), 0..b.shape[1]), scale: *scale },
+    let part = share.shape.adapter_part;
+    let cut_pair = |p, Pair { a, b, scale }: &Pair| {
+        let (rank, scale) = (a.shape[0], *scale);
+        if p == Projection::Down {
+            let (a, rows) = (cut(a, 0..rank, share.intermediate.clone()), part.hidden(b.shape[0]));
+            return Pair { a, b: cut(b, rows, 0..rank), scale };
+        }
+        let ranks = part.ranks(rank);
+        // Parts of a rank below their number hold a row that is not used.
+        let ranks = if ranks.is_empty() { rank - 1..rank } else { ranks };
+        Pair { a: cut(a, ranks, 0..a.shape[1]), b: cut(b, share.intermediate.clone(), 0..rank), scale }
     };
     mine.map(|(&(n, e, p), pair)| ((n, e - share.experts.start, p), cut_pair(p, pair))).collect()
 }
@@ -61,15 +69,20 @@ fn every_rank_gets_its_own_numbers_from_every_layout() {
     for file in files(&pairs) {
         let adapter = file.open().unwrap();
         for (tp, ep) in [(1, 1), (2, 1), (1, 2), (2, 2), (4, 5), (16, 1)] {
-            let grid = Shard::grid(tp, ep).unwrap();
-            let together = adapter.resolve_shards(&model, &grid).unwrap();
-            for (shard, rank) in grid.iter().zip(&together) {
-                let want = part(&pairs, shard);
-                assert_eq!(numbers(rank), want, "{shard:?}");
-                let alone = adapter.resolve_shards(&model, &[*shard]).unwrap().remove(0);
-                // `loaded` also asserts that every matrix is dense.
-                assert_eq!(loaded(&alone), want, "{shard:?} alone");
-                assert_eq!(alone.size_bytes(), rank.size_bytes(), "what they share stays shared");
+            for full in [false, true] {
+                let mut grid = Shard::grid(tp, ep).unwrap();
+                if full && tp <= SIZES.h {
+                    grid.iter_mut().for_each(|shard| *shard = shard.with_fully_sharded_adapters());
+                }
+                let together = adapter.resolve_shards(&model, &grid).unwrap();
+                for (shard, rank) in grid.iter().zip(&together) {
+                    let want = part(&pairs, shard);
+                    assert_eq!(numbers(rank), want, "{shard:?}");
+                    let alone = adapter.resolve_shards(&model, &[*shard]).unwrap().remove(0);
+                    // `loaded` also asserts that every matrix is dense.
+                    assert_eq!(loaded(&alone), want, "{shard:?} alone");
+                    assert_eq!(alone.size_bytes(), rank.size_bytes(), "what they share stays shared");
+                }
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use moe_lora::LayerShape;
+use moe_lora::{LayerShape, Shard};
 use moe_lora_bench::{AdapterSet, Ceilings, PRESETS, TOKENS};
 use moe_lora_kernels::Format;
 use moe_lora_runner::raw::Path;
@@ -22,6 +22,8 @@ pub(crate) enum Command {
     Gpu(Box<GpuArguments>),
     /// Times the adapter pool: uploads, forwards while adapters swap, what a budget holds.
     Pool(PoolArguments),
+    /// Checks and times a layer over several GPUs, swaps adapters, and lets a rank die.
+    Ranks(RanksArguments),
     /// Draws the plots of a run.
     Plot {
         /// What `gpu --json` wrote.
@@ -80,6 +82,9 @@ pub(crate) struct GpuArguments {
     /// Divides the width inside an expert, as tensor parallelism over so many GPUs does.
     #[arg(long, default_value_t = 1, value_name = "GPUS")]
     pub(crate) tp_shard: usize,
+    /// Divides the experts, as expert parallelism over so many GPUs does: the rank in the middle, with all tokens.
+    #[arg(long, default_value_t = 1, value_name = "GPUS")]
+    pub(crate) ep_shard: usize,
     /// Batch sizes.
     #[arg(long, value_delimiter = ',', default_values_t = TOKENS)]
     pub(crate) tokens: Vec<usize>,
@@ -140,6 +145,54 @@ pub(crate) struct PoolArguments {
     pub(crate) device: usize,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct RanksArguments {
+    /// Tensor-parallel ranks.
+    #[arg(long, default_value_t = 2)]
+    pub(crate) tp: usize,
+    /// Groups of them, each with its own experts.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) ep: usize,
+    /// Cuts all six matrices of adapters over the tensor-parallel ranks.
+    #[arg(long)]
+    pub(crate) fully_sharded: bool,
+    /// A process a rank, not a thread.
+    #[arg(long)]
+    pub(crate) processes: bool,
+    /// Threads on the processor, whatever GPUs there are.
+    #[arg(long)]
+    pub(crate) cpu: bool,
+    /// The layers that are timed, by name.
+    #[arg(long, value_delimiter = ',', value_name = "NAME", default_values_t = ["qwen3-30b".to_owned(), "mixtral-8x7b".to_owned()])]
+    pub(crate) preset: Vec<String>,
+    /// Their batch sizes.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 64, 1024, 8192])]
+    pub(crate) tokens: Vec<usize>,
+    /// Adapters of a batch.
+    #[arg(long, default_value_t = 8)]
+    pub(crate) adapters: usize,
+    /// Their rank.
+    #[arg(long = "adapter-rank", default_value_t = 16)]
+    pub(crate) adapter_rank: usize,
+    /// Writes what every rank found there.
+    #[arg(long)]
+    pub(crate) json: Option<PathBuf>,
+    /// This process is that rank.
+    #[arg(long, hide = true, requires = "meet")]
+    pub(crate) rank: Option<usize>,
+    /// Where ranks meet.
+    #[arg(long, hide = true)]
+    pub(crate) meet: Option<PathBuf>,
+}
+
+impl RanksArguments {
+    /// All ranks.
+    pub(crate) fn grid(&self) -> Result<Vec<Shard>> {
+        let grid = Shard::grid(self.tp, self.ep)?.into_iter();
+        Ok(grid.map(|shard| if self.fully_sharded { shard.with_fully_sharded_adapters() } else { shard }).collect())
+    }
+}
+
 /// A layer and what to time on it.
 #[derive(Debug)]
 pub(crate) struct Problem {
@@ -158,7 +211,10 @@ impl GpuArguments {
             let shards = self.tp_shard;
             ensure!(shards > 0 && intermediate.is_multiple_of(shards), "--tp-shard: a divisor of {intermediate}");
             let name = if shards > 1 { format!("{name}-tp{shards}") } else { name.to_owned() };
+            let groups = self.ep_shard;
+            let name = if groups > 1 { format!("{name}-ep{groups}") } else { name };
             let shape = LayerShape::new(experts, top_k, hidden, intermediate / shards)?;
+            let shape = Shard::new(0, 1, groups / 2, groups)?.share(&shape)?.shape;
             Ok(Problem { name, shape, tokens: self.tokens.clone(), sets: sets.clone() })
         };
         if let (Some(experts), Some(top_k), Some(hidden), Some(intermediate)) =

@@ -19,7 +19,7 @@ impl Routes {
     #[must_use]
     pub fn draw(shape: &LayerShape, tokens: usize, skew: f32, seed: u64) -> Self {
         let mut rng = Rng::with_seed(seed);
-        let (experts, top_k) = (shape.num_experts, shape.top_k);
+        let (experts, top_k) = (shape.all_experts(), shape.top_k);
         let slope = skew / experts.saturating_sub(1).max(1) as f32;
         let mut routes = Self { topk_ids: Vec::new(), topk_weights: Vec::new() };
         let mut logits: Vec<(f32, i32)> = Vec::new();

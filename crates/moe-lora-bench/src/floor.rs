@@ -29,23 +29,26 @@ pub struct Touched {
 }
 
 impl Touched {
-    /// Counts a batch of 16-bit numbers. `ranks` are those of the slots.
+    /// Counts a batch of 16-bit numbers. `ranks` are those of the slots; experts of other ranks are not counted.
     #[must_use]
     pub fn count(shape: &LayerShape, topk_ids: &[i32], slots: &[i32], ranks: &[usize]) -> Self {
         let LayerShape { top_k, hidden_size, intermediate_size, .. } = *shape;
         let (hidden, intermediate) = (hidden_size as u64, intermediate_size as u64);
+        let here = shape.first_expert as i32..(shape.first_expert + shape.num_experts) as i32;
+        // Of fully sharded adapters as many as a mean rank has.
+        let hidden_of_lora = hidden / shape.adapter_part.of() as u64;
         let (mut experts, mut pairs) = (HashSet::new(), HashSet::new());
         let mut touched = Self { bytes: 4 * slots.len() as u64 * hidden, ..Self::default() };
         for (ids, &slot) in topk_ids.chunks(top_k).zip(slots) {
             let rank = usize::try_from(slot).ok().and_then(|slot| ranks.get(slot)).copied();
             touched.lora_tokens += usize::from(rank.is_some());
-            for &id in ids.iter().filter(|id| **id >= 0) {
+            for &id in ids.iter().filter(|id| here.contains(*id)) {
                 touched.flops += 6 * hidden * intermediate;
                 if experts.insert(id) {
                     touched.bytes += 6 * hidden * intermediate;
                 }
                 if let Some(rank) = rank {
-                    let size = 6 * rank as u64 * (hidden + intermediate);
+                    let size = 6 * rank as u64 * (hidden_of_lora + intermediate);
                     touched.flops += size;
                     if pairs.insert((id, slot)) {
                         touched.bytes += size;

@@ -5,6 +5,7 @@ mod clock;
 mod launch;
 mod layer;
 pub(crate) mod pool;
+pub(crate) mod ranks;
 
 use crate::arguments::{GpuArguments, Problem};
 use anyhow::{Context, Result, ensure};

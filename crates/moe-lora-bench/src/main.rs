@@ -16,6 +16,7 @@ fn main() -> Result<()> {
     match Arguments::parse().command {
         Command::Gpu(arguments) => gpu::run(&arguments),
         Command::Pool(arguments) => gpu::pool::run(&arguments),
+        Command::Ranks(arguments) => gpu::ranks::run(&arguments),
         Command::Plot { run, folder, peers } => {
             fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
             let files = match peers.is_empty() {

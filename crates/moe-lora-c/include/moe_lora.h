@@ -26,7 +26,7 @@ typedef struct moe_lora_context moe_lora_context;
 typedef struct {
     uint64_t stream;       /* CUstream; 0: the default stream */
     uint64_t hidden;       /* [T, H] */
-    uint64_t topk_ids;     /* i32 [T, k]; -1: elsewhere; others outside [0, E) are skipped and counted */
+    uint64_t topk_ids;     /* i32 [T, k]; -1: elsewhere; others that are no expert are skipped and counted */
     uint64_t topk_weights; /* f32 [T, k], used as they are */
     uint64_t token_slots;  /* i32 [T]; -1: base model; others outside [0, slots) are taken as -1 and counted */
     uint64_t gate;         /* [E, I, H] with the strides below */
@@ -59,6 +59,10 @@ typedef struct {
     float alpha;                /* of MOE_LORA_CLAMPED_SWIGLU */
     float limit;                /* of MOE_LORA_CLAMPED_SWIGLU */
     float scaling;              /* factor of the output */
+    uint32_t first_expert;      /* under expert parallelism the id of this rank's first expert, else 0 */
+    uint32_t all_experts;       /* and the experts of all ranks: ids below that are not this rank's are skipped, else 0 */
+    uint32_t adapter_part;      /* 0 */
+    uint32_t adapter_parts;     /* 0 or 1: adapters are whole; what parts exchange is for Rust's raw door */
 } moe_lora_forward_args;
 
 /* One matrix pair of one slot, expert and projection (gate, up, down). rank8 is rank rounded up to a multiple of 8; what
@@ -76,7 +80,7 @@ typedef struct {
     uint32_t num_segments;
     uint32_t num_tiles;
     uint32_t num_chunks;
-    uint32_t bad_experts; /* ids outside [-1, E) */
+    uint32_t bad_experts; /* ids that are neither -1 nor any rank's expert */
     uint32_t bad_slots;   /* slots outside [-1, slots) */
     uint32_t reserved[2];
 } moe_lora_counts;

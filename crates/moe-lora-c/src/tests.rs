@@ -37,7 +37,8 @@ fn the_header_has_the_same_structs_and_functions() {
         stream, hidden, topk_ids, topk_weights, token_slots, gate, up, down, gate_bias, up_bias, down_bias, adapters,
         slot_active, out, counts, workspace, workspace_bytes, gate_up_expert_stride, down_expert_stride,
         gate_up_row_stride, down_row_stride, num_tokens, num_experts, top_k, hidden_size, intermediate_size, num_slots,
-        max_rank, dtype, out_dtype, activation, weigh_input, alpha, limit, scaling,
+        max_rank, dtype, out_dtype, activation, weigh_input, alpha, limit, scaling, first_expert,
+        all_experts, adapter_part, adapter_parts,
     });
     same!(code, AdapterEntry, "moe_lora_adapter_entry", { a, b, rank, scale });
     same!(code, RouteCounts, "moe_lora_counts", {

@@ -56,6 +56,9 @@ pub(crate) struct Forward {
     /// Split the experts over M expert-parallel ranks, each a group of N; ranks are threads, on a GPU each if there are as many
     #[arg(long, value_name = "M", default_value_t = 1, conflicts_with = "reference")]
     pub(crate) ep: usize,
+    /// Cut all six matrices of adapters over the N tensor-parallel ranks, which then exchange what lies between A and B
+    #[arg(long, conflicts_with = "reference")]
+    pub(crate) fully_sharded: bool,
     /// Compute in f64, slowly: the truth that everything else is compared with
     #[arg(long)]
     pub(crate) reference: bool,

@@ -17,7 +17,10 @@ use std::time::Instant;
 pub(crate) fn run(args: &Forward) -> Result<()> {
     let model = Checkpoint::open(&args.model)?;
     let shape = model.shape();
-    let grid = Shard::grid(args.tp, args.ep)?;
+    let mut grid = Shard::grid(args.tp, args.ep)?;
+    if args.fully_sharded {
+        grid.iter_mut().for_each(|shard| *shard = shard.with_fully_sharded_adapters());
+    }
     let places = if args.reference { None } else { Some(Places::choose(args.device, &model, &grid)?) };
     let n = args.layer.unwrap_or_else(|| model.first_moe_layer());
     let sizes = &shape.layer;

@@ -36,7 +36,8 @@ pub(crate) struct Served {
 /// Where the ranks run, and how they meet.
 pub(crate) struct Places {
     devices: Vec<Device>,
-    nccl: Option<NcclId>,
+    /// Of all ranks, then of every group of ranks that share experts.
+    nccl: Option<Vec<NcclId>>,
     /// In words.
     pub(crate) text: String,
 }
@@ -65,7 +66,8 @@ impl Places {
             eprintln!("note: {ranks} ranks share {on}, as there are not as many GPUs");
             return Ok(Self { devices: vec![first; ranks], nccl: None, text: text(&on) });
         }
-        let nccl = NcclId::new().inspect_err(|why| eprintln!("note: ranks sum through the host's memory: {why}")).ok();
+        let ids = (0..=grid[0].ep_size()).map(|_| NcclId::new()).collect::<Result<Vec<_>, _>>();
+        let nccl = ids.inspect_err(|why| eprintln!("note: ranks sum through the host's memory: {why}")).ok();
         let devices =
             (0..ranks).map(|n| Device::cuda(n).with_context(|| format!("cuda:{n}"))).collect::<Result<_>>()?;
         Ok(Self { devices, nccl, text: text(&format!("cuda:0 to cuda:{}", ranks - 1)) })
@@ -75,11 +77,13 @@ impl Places {
 impl Job<'_> {
     /// Runs all ranks at once, each with its adapters of `adapters`. Ranks that sum as threads must agree to the bit.
     pub(crate) fn run(&self, grid: &[Shard], places: &Places, adapters: Vec<Vec<AdapterWeights>>) -> Result<Served> {
-        let ranks = grid.iter().zip(&places.devices).zip(adapters).zip(ThreadCommunicator::group(grid.len()));
+        let groups = grid.chunks(grid[0].tp_size()).flat_map(|group| ThreadCommunicator::group(group.len()));
+        let threads = ThreadCommunicator::group(grid.len()).into_iter().zip(groups);
+        let ranks = grid.iter().zip(&places.devices).zip(adapters).zip(threads);
         let done: Vec<Result<Served>> = std::thread::scope(|scope| {
             let threads: Vec<_> = ranks
                 .map(|(((shard, device), adapters), threads)| {
-                    scope.spawn(move || self.rank(shard, device, places.nccl, threads, adapters))
+                    scope.spawn(move || self.rank(shard, device, places.nccl.as_deref(), threads, adapters))
                 })
                 .collect();
             threads
@@ -105,8 +109,8 @@ impl Job<'_> {
         &self,
         shard: &Shard,
         device: &Device,
-        nccl: Option<NcclId>,
-        threads: ThreadCommunicator,
+        nccl: Option<&[NcclId]>,
+        (threads, group): (ThreadCommunicator, ThreadCommunicator),
         adapters: Vec<AdapterWeights>,
     ) -> Result<Served> {
         let (model, n) = (self.model, self.layer);
@@ -119,12 +123,19 @@ impl Job<'_> {
         let pool = AdapterPool::new(device, &whole.shard(shard)?, config)?;
         let mut layer = FusedMoEWithLoRA::new(n, model.layer_shard(n, shard)?, device, &pool)?;
         if *shard != Shard::WHOLE {
-            let (rank, size) = (shard.rank(), shard.world_size());
-            let communicator: Arc<dyn Communicator> = match (nccl, device.gpu()) {
-                (Some(id), Some(gpu)) => Arc::new(NcclCommunicator::join(gpu, rank, size, id, PATIENCE)?),
-                _ => Arc::new(threads),
+            // Ranks meet through NCCL, by the `id`-th of its ids, or as threads.
+            let meet = |rank, size, id: usize, threads: ThreadCommunicator| -> Result<Arc<dyn Communicator>> {
+                Ok(match (nccl, device.gpu()) {
+                    (Some(ids), Some(gpu)) => Arc::new(NcclCommunicator::join(gpu, rank, size, ids[id], PATIENCE)?),
+                    _ => Arc::new(threads),
+                })
             };
+            let communicator = meet(shard.rank(), shard.world_size(), 0, threads)?;
             layer = layer.with_shard(&whole.layer, shard, Some(communicator))?;
+            if self.args.fully_sharded {
+                let group = meet(shard.tp_rank(), shard.tp_size(), 1 + shard.ep_rank(), group)?;
+                layer = layer.with_adapter_group(group)?;
+            }
         }
         let layer = layer.with_router(model.router(n)?)?;
         let load = |(named, weights): (&NamedAdapter, _)| {

@@ -121,6 +121,8 @@ fn ranks_compute_what_hugging_face_computes() {
         for (tp, ep) in [("2", "1"), ("1", "2"), ("2", "2"), ("4", "1")] {
             let (error, run) = golden(case, &["--device", "cpu", "--tp", tp, "--ep", ep]);
             assert!(error <= bound, "{case} on {tp} x {ep}: {error:.1e}");
+            let (error, _) = golden(case, &["--device", "cpu", "--tp", tp, "--ep", ep, "--fully-sharded"]);
+            assert!(error <= bound, "{case} on {tp} x {ep}, fully sharded: {error:.1e}");
             let text = stdout(&run);
             assert!(text.contains(&format!("ranks (tp {tp}, ep {ep}) on cpu")), "{text}");
             assert!(String::from_utf8(run.stderr).unwrap().matches("outside the experts").count() <= 1, "said once");

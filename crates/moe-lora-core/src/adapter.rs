@@ -1,6 +1,6 @@
 //! One LoRA adapter in canonical form: per layer, expert and projection a pair of matrices and a scale.
 
-use crate::{InputError, LayerShape, Matrix, ModelShape};
+use crate::{AdapterPart, InputError, LayerShape, Matrix, ModelShape};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
@@ -27,6 +27,20 @@ impl Projection {
             Self::Down => [shape.hidden_size, shape.intermediate_size],
         }
     }
+
+    /// `[out, in]` of B A: those of the base matrix, but where a rank's part of the layer has only [some](AdapterPart) of a down B.
+    #[must_use]
+    pub fn lora_shape(self, shape: &LayerShape) -> [usize; 2] {
+        let [out, width] = self.base_shape(shape);
+        [if self == Self::Down { shape.adapter_part.hidden(out).len() } else { out }, width]
+    }
+
+    /// Rows of A of a rank that are there: fewer than the rank where a part of the layer has only some of a gate or up A; then at
+    /// least one, which is used or not.
+    #[must_use]
+    pub fn a_rows(self, shape: &LayerShape, rank: usize) -> usize {
+        if self == Self::Down { rank } else { shape.adapter_part.ranks(rank).len().max(1) }
+    }
 }
 
 impl fmt::Display for Projection {
@@ -39,7 +53,7 @@ impl fmt::Display for Projection {
     }
 }
 
-/// The change of one matrix: `W + scale * B A`.
+/// The change of one matrix: `W + scale * B A`, or a rank's [part](AdapterPart) of both.
 #[derive(Debug, Clone)]
 pub struct Lora {
     a: Matrix,
@@ -66,6 +80,34 @@ impl Lora {
         Ok(Self { a, b, scale })
     }
 
+    /// Some of the ranks of A beside all of B: what `part` has of a gate or up projection.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn of_part(a: Matrix, b: Matrix, scale: f32, part: AdapterPart) -> Result<Self, InputError> {
+        let rows = part.ranks(b.cols()).len().max(1);
+        if a.rows() != rows || a.dtype() != b.dtype() || !scale.is_finite() {
+            let found = format!("A {:?} {}, B {:?} {}, scale {scale}", a.shape(), a.dtype(), b.shape(), b.dtype());
+            return Err(InputError::new(
+                found,
+                format!("A [{rows}, in] and B [out, rank] of one format, a finite scale"),
+            ));
+        }
+        Ok(Self { a, b, scale })
+    }
+
+    /// The same with copies of its matrices.
+    ///
+    /// # Errors
+    /// If the copies have other sizes, or two formats.
+    pub fn with_matrices(&self, a: Matrix, b: Matrix) -> Result<Self, InputError> {
+        if (a.shape(), b.shape()) != (self.a.shape(), self.b.shape()) || a.dtype() != b.dtype() {
+            let found = format!("A {:?} {}, B {:?} {}", a.shape(), a.dtype(), b.shape(), b.dtype());
+            return Err(InputError::new(found, format!("A {:?} and B {:?}", self.a.shape(), self.b.shape())));
+        }
+        Ok(Self { a, b, scale: self.scale })
+    }
+
     /// `[rank, in]`.
     #[must_use]
     pub const fn a(&self) -> &Matrix {
@@ -84,10 +126,10 @@ impl Lora {
         self.scale
     }
 
-    /// Rows of A.
+    /// Columns of B, and rows of A where it is whole.
     #[must_use]
     pub const fn rank(&self) -> usize {
-        self.a.rows()
+        self.b.cols()
     }
 
     /// Columns of A.
@@ -164,8 +206,8 @@ impl AdapterLayer {
         for (e, expert) in experts.iter().enumerate() {
             for (projection, lora) in expert.loras() {
                 let found = [lora.out_features(), lora.in_features()];
-                let want = projection.base_shape(shape);
-                if found != want {
+                let want = projection.lora_shape(shape);
+                if found != want || lora.a.rows() != projection.a_rows(shape, lora.rank()) {
                     return Err(InputError::new(
                         format!("B A of {found:?} (A {:?}, B {:?})", lora.a.shape(), lora.b.shape()),
                         format!("{want:?}"),
@@ -178,7 +220,8 @@ impl AdapterLayer {
         let shared = |projection, matrix: fn(&Lora) -> &Matrix| {
             let mut all = experts.iter().map(|e| e.get(projection).map(matrix));
             let first = all.next().flatten();
-            first.is_some_and(|first| experts.len() > 1 && all.all(|m| m.is_some_and(|m| m.same_storage(first))))
+            let whole = shape.adapter_part.is_whole() && experts.len() > 1;
+            first.is_some_and(|first| whole && all.all(|m| m.is_some_and(|m| m.same_storage(first))))
         };
         let shared_gate_a = shared(Projection::Gate, Lora::a);
         let shared_up_a = shared(Projection::Up, Lora::a);
@@ -199,7 +242,8 @@ impl AdapterLayer {
     }
 
     /// Whether all experts have the same gate A (`Projection::Gate`), the same up A (`Up`) or the same down B (`Down`):
-    /// the "shared outer" layout, whose shared side is computed once a token.
+    /// the "shared outer" layout, whose shared side is computed once a token. Never of a [part](AdapterPart), whose ranks exchange
+    /// what every row has.
     #[must_use]
     pub const fn shares_outer(&self, projection: Projection) -> bool {
         match projection {

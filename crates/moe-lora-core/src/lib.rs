@@ -39,7 +39,7 @@ pub use error::InputError;
 pub use matrix::{Buffer, Matrix, MatrixRef};
 pub use router::{GroupLimit, GroupScore, RouterConfig, RouterWeights, Routing, Scoring, TopK};
 pub use row_map::{ExpertRows, RowMap, Segment};
-pub use shape::{ExpertStorage, LayerShape, ModelShape};
+pub use shape::{AdapterPart, ExpertStorage, LayerShape, ModelShape};
 pub use shard::{Shard, Share};
 pub use table::{AdapterId, AdapterTable, TokenAdapters};
 pub use weights::{ExpertBias, ExpertWeights, LayerWeights, RouterWeightPlacement};

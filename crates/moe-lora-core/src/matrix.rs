@@ -271,6 +271,14 @@ impl<'a, T> MatrixRef<'a, T> {
         self.data
     }
 
+    /// The rows from `first` on, or none if there is no such row.
+    #[must_use]
+    pub fn rows_from(&self, first: usize) -> Self {
+        let first = first.min(self.rows);
+        let data = self.data.get(first * self.stride..).unwrap_or_default();
+        Self { data, rows: self.rows - first, ..*self }
+    }
+
     /// One row.
     ///
     /// # Panics

@@ -1,20 +1,19 @@
 //! Which part of every layer one rank of a parallel group holds.
 
+use crate::shape::{cut, part};
 use crate::{
-    AdapterLayer, AdapterWeights, ExpertBias, ExpertLora, ExpertWeights, InputError, LayerShape, LayerWeights, Lora,
-    Matrix, ModelShape,
+    AdapterLayer, AdapterPart, AdapterWeights, ExpertBias, ExpertLora, ExpertWeights, InputError, LayerShape,
+    LayerWeights, Lora, Matrix, ModelShape,
 };
 use std::ops::Range;
-
-/// What widths are cut in multiples of where they allow it: rows of 16 bytes, which GPUs ask for.
-const STEP: usize = 8;
 
 /// A rank's place in a grid of `ep_size` expert-parallel groups of `tp_size` tensor-parallel ranks each.
 ///
 /// Expert parallelism gives every group a range of the experts, tensor parallelism every rank of a group a range of the
 /// intermediate size I: gate and up are cut along their rows and down along its columns. What each rank computes is a part of
 /// the output's sum, so one all-reduce over all ranks finishes a layer. Of adapters, gate and up B are cut along their rows
-/// and down A along its columns; gate and up A and down B are whole on every rank that has the expert.
+/// and down A along its columns; gate and up A and down B are whole on every rank that has the expert, unless adapters are
+/// [fully sharded](Self::with_fully_sharded_adapters).
 ///
 /// Ranks are numbered `ep_rank * tp_size + tp_rank`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -23,6 +22,7 @@ pub struct Shard {
     tp_size: usize,
     ep_rank: usize,
     ep_size: usize,
+    fully_sharded: bool,
 }
 
 /// What a [`Shard`] holds of layers of one shape.
@@ -33,7 +33,7 @@ pub struct Share {
     pub experts: Range<usize>,
     /// Its part of the intermediate size.
     pub intermediate: Range<usize>,
-    /// Sizes of what it holds. `top_k` stays the model's and may exceed the number of experts here.
+    /// Sizes of what it holds, and which experts. `top_k` stays the model's and may exceed the number of experts here.
     pub shape: LayerShape,
     /// Whether it adds the biases of the down projection, which must enter the sum once.
     pub adds_down_bias: bool,
@@ -41,7 +41,7 @@ pub struct Share {
 
 impl Shard {
     /// The only rank, which holds everything.
-    pub const WHOLE: Self = Self { tp_rank: 0, tp_size: 1, ep_rank: 0, ep_size: 1 };
+    pub const WHOLE: Self = Self { tp_rank: 0, tp_size: 1, ep_rank: 0, ep_size: 1, fully_sharded: false };
 
     /// A place in the grid.
     ///
@@ -54,7 +54,15 @@ impl Shard {
                 return Err(InputError::new(found, "a rank below its size"));
             }
         }
-        Ok(Self { tp_rank, tp_size, ep_rank, ep_size })
+        Ok(Self { tp_rank, tp_size, ep_rank, ep_size, fully_sharded: false })
+    }
+
+    /// Cuts gate and up A along their ranks and down B along H too, so that a rank holds a part of all six matrices. The ranks of
+    /// a tensor-parallel group then exchange what lies between A and B, twice a layer.
+    #[must_use]
+    pub const fn with_fully_sharded_adapters(mut self) -> Self {
+        self.fully_sharded = true;
+        self
     }
 
     /// All ranks of a grid in order.
@@ -128,12 +136,25 @@ impl Shard {
             let found = format!("intermediate size {intermediate_size}");
             return Err(InputError::new(found, format!("at least one for each of {} ranks", self.tp_size)));
         }
-        let in_steps = intermediate_size.is_multiple_of(STEP) && intermediate_size / STEP >= self.tp_size;
-        let step = if in_steps { STEP } else { 1 };
+        let fully_sharded = self.fully_sharded && self.tp_size > 1;
+        if fully_sharded && shape.hidden_size < self.tp_size {
+            let found = format!("hidden size {}", shape.hidden_size);
+            return Err(InputError::new(found, format!("at least one for each of {} ranks", self.tp_size)));
+        }
         let experts = part(num_experts, self.ep_rank, self.ep_size);
-        let steps = part(intermediate_size / step, self.tp_rank, self.tp_size);
-        let intermediate = steps.start * step..steps.end * step;
-        let shape = LayerShape { num_experts: experts.len(), intermediate_size: intermediate.len(), ..*shape };
+        let intermediate = cut(intermediate_size, self.tp_rank, self.tp_size);
+        let shape = LayerShape {
+            num_experts: experts.len(),
+            intermediate_size: intermediate.len(),
+            first_expert: experts.start,
+            other_experts: num_experts - experts.len(),
+            adapter_part: if fully_sharded {
+                AdapterPart::new(self.tp_rank, self.tp_size)?
+            } else {
+                shape.adapter_part
+            },
+            ..*shape
+        };
         Ok(Share { experts, intermediate, shape, adds_down_bias: self.tp_rank == 0 })
     }
 }
@@ -142,12 +163,6 @@ impl Default for Shard {
     fn default() -> Self {
         Self::WHOLE
     }
-}
-
-/// The `rank`-th of `size` parts of `0..n`; the first ones are longer by one where they are not equal.
-fn part(n: usize, rank: usize, size: usize) -> Range<usize> {
-    let first = |rank: usize| rank * (n / size) + rank.min(n % size);
-    first(rank)..first(rank + 1)
 }
 
 impl Share {
@@ -186,8 +201,19 @@ impl Share {
     }
 
     fn of_lora(&self, lora: &ExpertLora) -> Result<ExpertLora, InputError> {
-        let b_rows = |lora: &Lora| Lora::new(lora.a().clone(), self.rows(lora.b())?, lora.scale());
-        let a_cols = |lora: &Lora| Lora::new(self.cols(lora.a())?, lora.b().clone(), lora.scale());
+        let part = self.shape.adapter_part;
+        let b_rows = |lora: &Lora| {
+            let ranks = part.ranks(lora.rank());
+            // A rank without a part holds one row, which it does not use.
+            let (first, count) = (ranks.start.min(lora.rank() - 1), ranks.len().max(1));
+            let a = if part.is_whole() { lora.a().clone() } else { lora.a().select_rows(first, count, 1)? };
+            Lora::of_part(a, self.rows(lora.b())?, lora.scale(), part)
+        };
+        let a_cols = |lora: &Lora| {
+            let (a, b, rows) = (self.cols(lora.a())?, lora.b(), part.hidden(lora.out_features()));
+            let b = if part.is_whole() { b.clone() } else { b.select_rows(rows.start, rows.len(), 1)? };
+            Lora::new(a, b, lora.scale())
+        };
         Ok(ExpertLora {
             gate: lora.gate.as_ref().map(b_rows).transpose()?,
             up: lora.up.as_ref().map(b_rows).transpose()?,

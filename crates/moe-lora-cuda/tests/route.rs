@@ -22,13 +22,16 @@ struct Draw {
 
 impl Draw {
     fn new(rng: &mut Rng, tokens: usize, top_k: usize, experts: usize, slots: usize) -> Self {
-        let sizes = Sizes { experts, top_k, hidden: 8, intermediate: 8, slots, max_rank: 8 };
+        let first_expert = if rng.bool() { 0 } else { rng.usize(0..300) };
+        let all_experts = first_expert + experts + if rng.bool() { 0 } else { rng.usize(0..300) };
+        let sizes = Sizes { experts, top_k, hidden: 8, intermediate: 8, slots, max_rank: 8, first_expert, all_experts };
         let (skew, wild) = (rng.bool(), rng.bool());
         let expert = |rng: &mut Rng| match rng.u8(0..20) {
             0 => -1,
-            1 if wild => [i32::MIN, -2, experts as i32, i32::MAX][rng.usize(0..4)],
-            2..=10 if skew => 0,
-            _ => rng.i32(0..experts as i32),
+            1 if wild => [i32::MIN, -2, all_experts as i32, i32::MAX][rng.usize(0..4)],
+            2..=10 if skew => first_expert as i32,
+            11 => rng.i32(0..all_experts as i32),
+            _ => (first_expert + rng.usize(0..experts)) as i32,
         };
         let slot = |rng: &mut Rng| match rng.u8(0..20) {
             0 if wild => [i32::MIN, -2, slots as i32, i32::MAX][rng.usize(0..4)],
@@ -41,6 +44,11 @@ impl Draw {
             active: (0..slots).map(|_| u8::from(rng.u8(0..4) > 0)).collect(),
             sizes,
         }
+    }
+
+    /// Its number on this rank.
+    fn expert(&self, pair: usize) -> usize {
+        self.ids[pair] as usize - self.sizes.first_expert
     }
 
     fn slot(&self, pair: usize) -> i32 {
@@ -103,12 +111,13 @@ fn check(
     decode: bool,
     name: &str,
 ) -> Result<(), GpuError> {
-    let experts = 0..draw.sizes.experts as i32;
+    let first = draw.sizes.first_expert;
+    let (experts, all) = (first as i32..(first + draw.sizes.experts) as i32, -1..draw.sizes.all_experts as i32);
     let mut pairs: Vec<usize> = (0..draw.ids.len()).filter(|&p| experts.contains(&draw.ids[p])).collect();
     pairs.sort_by_key(|&p| (draw.ids[p], draw.slot(p)));
     let counts = batch.counts(stream)?;
     assert_eq!(counts.num_rows as usize, pairs.len(), "{name}");
-    let bad = draw.ids.iter().filter(|&&id| id != -1 && !experts.contains(&id)).count();
+    let bad = draw.ids.iter().filter(|id| !all.contains(id)).count();
     assert_eq!(counts.bad_experts as usize, bad, "{name}");
     let bad = draw.slots.iter().filter(|&&s| s < -1 || s >= draw.sizes.slots as i32).count();
     assert_eq!(counts.bad_slots as usize, bad, "{name}");
@@ -123,7 +132,7 @@ fn check(
 
     let (mut segments, mut tiles, mut chunks) = (Vec::<DeviceSegment>::new(), Vec::<RowTile>::new(), Vec::new());
     let mut heights = vec![0_usize; draw.sizes.experts];
-    pairs.iter().for_each(|&p| heights[draw.ids[p] as usize] += 1);
+    pairs.iter().for_each(|&p| heights[draw.expert(p)] += 1);
     for height in &mut heights {
         *height = match (tile_rows, *height) {
             (0, _) | (_, 0) => 128,
@@ -132,7 +141,7 @@ fn check(
     }
     let mut expert_first = 0;
     for (row, &pair) in pairs.iter().enumerate() {
-        let (expert, slot, row) = (draw.ids[pair] as u32, draw.slot(pair), row as u32);
+        let (expert, slot, row) = (draw.expert(pair) as u32, draw.slot(pair), row as u32);
         let last = segments.last().copied().map(|s| (s.expert, s.slot));
         let opens = last != Some((expert, slot));
         if last.is_none_or(|(e, _)| e != expert) {

@@ -14,7 +14,7 @@ impl FusedMoEWithLoRA {
     ///
     /// # Errors
     /// If the layer is on the CPU, lengths, formats or GPUs do not fit, or an adapter was unloaded or evicted. If it is a
-    /// [rank's part](Self::with_shard) that sums or holds only some experts: engines map ids and sum behind the raw door.
+    /// [rank's part](Self::with_shard) that sums: engines sum the output of a part without a communicator.
     pub fn forward_on<X: Element, Y: Element>(
         &self,
         stream: &Arc<CudaStream>,
@@ -46,11 +46,11 @@ impl FusedMoEWithLoRA {
         Ok(LayerGraph { captured, runner: Arc::clone(runner), pool: self.pool.clone(), index: self.index })
     }
 
-    /// Ids in GPU memory cannot be mapped here, nor can a caller's output be summed.
+    /// A caller's output cannot be summed here.
     fn check_on_gpu(&self) -> Result<(), InputError> {
         match &self.ranks {
-            Some(ranks) if !ranks.is_plain() => {
-                let expected = "a layer with all experts whose output is not summed";
+            Some(ranks) if ranks.sums() => {
+                let expected = "a layer whose output is not summed";
                 Err(InputError::new("a rank's part", expected).in_tensor("layer"))
             }
             _ => Ok(()),

@@ -91,6 +91,18 @@ impl FusedMoEWithLoRA {
         Ok(self)
     }
 
+    /// The ranks of its tensor-parallel group, numbered as there, which a part with
+    /// [fully sharded](Shard::with_fully_sharded_adapters) adapters exchanges with, twice a forward. A group of its own, also where
+    /// it has the ranks of the communicator of [`with_shard`](Self::with_shard). Ranks whose adapters are whole do without.
+    ///
+    /// # Errors
+    /// If the layer is no part, or `group` is another rank's.
+    pub fn with_adapter_group(mut self, group: Arc<dyn Communicator>) -> Result<Self, LayerError> {
+        let whole = || InputError::new("a whole layer", "a rank's part").in_tensor("layer");
+        self.ranks.as_mut().ok_or_else(whole)?.set_adapter_group(group)?;
+        Ok(self)
+    }
+
     /// Uses the checkpoint's own router for [`Routing::Router`], and its settings for [`Routing::Logits`].
     ///
     /// # Errors
@@ -164,13 +176,11 @@ impl FusedMoEWithLoRA {
             let (lease, batch) = self.prepare(hidden, routing, tokens, scratch)?;
             return self.stages.forward(&self.weights, batch, (&lease, self.index), out);
         };
-        ranks.forward(out, |communicator, local_ids, sums| {
+        ranks.forward(&self.stages, out, |groups, sums| {
             let (lease, batch) = self.prepare(hidden, routing, tokens, scratch)?;
-            ranks.localize(batch.topk_ids, local_ids)?;
-            let batch = Batch { topk_ids: local_ids, ..batch };
-            match communicator {
-                Some(all) => self.stages.forward_reduced(&self.weights, batch, (&lease, self.index), all, sums),
-                None => self.stages.forward(&self.weights, batch, (&lease, self.index), sums),
+            match groups {
+                (None, None) => self.stages.forward(&self.weights, batch, (&lease, self.index), sums),
+                _ => self.stages.forward_together(&self.weights, batch, (&lease, self.index), groups, sums),
             }
         })
     }

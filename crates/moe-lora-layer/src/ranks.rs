@@ -1,24 +1,22 @@
 //! What a layer has to know if it is one rank's part.
 
 use crate::LayerError;
-use crate::stages::lock;
+use crate::stages::{Group, Stages, lock};
 use moe_lora_collective::Communicator;
-use moe_lora_core::{Element, InputError, LayerShape, Shard, Share};
+use moe_lora_core::{Element, InputError, LayerShape, Shard};
 use std::sync::{Arc, Mutex};
 
 #[derive(Debug)]
 pub(crate) struct Ranks {
     whole: LayerShape,
-    share: Share,
+    shard: Shard,
+    /// Whether adapters are parts.
+    fully_sharded: bool,
     communicator: Option<Arc<dyn Communicator>>,
-    scratch: Mutex<Scratch>,
-}
-
-/// Kept from call to call for its memory.
-#[derive(Debug, Default)]
-struct Scratch {
-    local_ids: Vec<i32>,
-    sums: Vec<f32>,
+    /// The ranks that hold parts of the same adapters.
+    adapter_group: Option<Arc<dyn Communicator>>,
+    /// Kept from call to call for its memory.
+    sums: Mutex<Vec<f32>>,
 }
 
 impl Ranks {
@@ -33,64 +31,65 @@ impl Ranks {
             return Err(InputError::new(format!("{weights:?}"), format!("{:?}, the share of {shard:?}", share.shape))
                 .in_tensor("layer weights"));
         }
-        if let Some(communicator) = &communicator
-            && (communicator.rank(), communicator.size()) != (shard.rank(), shard.world_size())
-        {
-            let found = format!("rank {} of {}", communicator.rank(), communicator.size());
-            let expected = format!("rank {} of {}", shard.rank(), shard.world_size());
-            return Err(InputError::new(found, expected).in_tensor("communicator"));
+        if let Some(communicator) = &communicator {
+            check_rank(&**communicator, shard.rank(), shard.world_size(), "communicator")?;
         }
-        Ok(Self { whole: *whole, share, communicator, scratch: Mutex::default() })
+        let fully_sharded = !share.shape.adapter_part.is_whole();
+        let (whole, shard, sums) = (*whole, *shard, Mutex::default());
+        Ok(Self { whole, shard, fully_sharded, communicator, adapter_group: None, sums })
+    }
+
+    pub(crate) fn set_adapter_group(&mut self, group: Arc<dyn Communicator>) -> Result<(), InputError> {
+        check_rank(&*group, self.shard.tp_rank(), self.shard.tp_size(), "adapter group")?;
+        self.adapter_group = Some(group).filter(|_| self.fully_sharded);
+        Ok(())
     }
 
     pub(crate) const fn whole(&self) -> &LayerShape {
         &self.whole
     }
 
-    /// Whether ids need no mapping and the output no sum.
+    /// Whether the output is summed.
     #[cfg(feature = "cuda")]
-    pub(crate) const fn is_plain(&self) -> bool {
-        self.communicator.is_none() && self.share.shape.num_experts == self.whole.num_experts
+    pub(crate) const fn sums(&self) -> bool {
+        self.communicator.is_some()
     }
 
-    /// Numbers experts as this rank does; those of other ranks become -1, like those that were -1 before.
-    pub(crate) fn localize(&self, topk_ids: &[i32], local: &mut Vec<i32>) -> Result<(), InputError> {
-        let (experts, top_k) = (self.whole.num_experts, self.whole.top_k);
-        local.clear();
-        for (pair, &id) in topk_ids.iter().enumerate() {
-            local.push(match usize::try_from(id) {
-                Ok(e) if self.share.experts.contains(&e) => (e - self.share.experts.start) as i32,
-                Ok(e) if e < experts => -1,
-                Err(_) if id == -1 => -1,
-                _ => {
-                    let found = format!("expert {id} for token {} at place {}", pair / top_k, pair % top_k);
-                    return Err(InputError::new(found, format!("-1 to {}", experts - 1)).in_tensor("topk_ids"));
-                }
-            });
-        }
-        Ok(())
-    }
-
-    /// Lets `run` compute this rank's sums in f32, or all ranks' with the communicator that it is given; rounds them to `out`.
-    /// A failure of this rank's own is told to the others, who would wait for it.
+    /// Lets `run` compute this rank's sums in f32, or all ranks' with the groups that it is given; rounds them to `out`.
+    /// A failure is told to those who would wait for this rank. `stages` says how often `run` meets them.
     pub(crate) fn forward<Y: Element>(
         &self,
+        stages: &Stages,
         out: &mut [Y],
-        run: impl FnOnce(Option<&dyn Communicator>, &mut Vec<i32>, &mut [f32]) -> Result<(), LayerError>,
+        run: impl FnOnce((Option<&Group<'_>>, Option<&Group<'_>>), &mut [f32]) -> Result<(), LayerError>,
     ) -> Result<(), LayerError> {
-        let Scratch { local_ids, sums } = &mut *lock(&self.scratch);
+        if self.fully_sharded && self.adapter_group.is_none() {
+            let found = "fully sharded adapters without a group";
+            return Err(InputError::new(found, "a layer `with_adapter_group`").in_tensor("layer").into());
+        }
+        let sums = &mut *lock(&self.sums);
         sums.clear();
         sums.resize(out.len(), 0.0);
-        let communicator = self.communicator.as_deref();
-        match (run(communicator, local_ids, sums), communicator) {
-            (Ok(()), _) => {}
-            (Err(error), Some(others)) if !matches!(error, LayerError::Collective(_)) => {
-                others.fail(&error.to_string());
-                return Err(error);
+        let all = self.communicator.as_deref().map(Group::new);
+        let group = self.adapter_group.as_deref().map(Group::new);
+        if let Err(error) = run((all.as_ref(), group.as_ref()), sums) {
+            let (pieces, outs) = stages.pieces(out.len() / self.whole.hidden_size);
+            for (group, sums) in [(group, 2 * pieces), (all, outs)] {
+                if let Some(group) = group {
+                    group.fail(sums, &error.to_string());
+                }
             }
-            (Err(error), _) => return Err(error),
+            return Err(error);
         }
         out.iter_mut().zip(sums).for_each(|(out, sum)| *out = Y::from_f32(*sum));
         Ok(())
     }
+}
+
+fn check_rank(group: &dyn Communicator, rank: usize, size: usize, name: &str) -> Result<(), InputError> {
+    if (group.rank(), group.size()) == (rank, size) {
+        return Ok(());
+    }
+    let found = format!("rank {} of {}", group.rank(), group.size());
+    Err(InputError::new(found, format!("rank {rank} of {size}")).in_tensor(name))
 }

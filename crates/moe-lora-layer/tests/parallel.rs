@@ -25,6 +25,16 @@ struct Rank {
 
 impl Rank {
     fn new(device: &Device, case: &Case, shard: Shard, communicator: Option<Arc<dyn Communicator>>) -> Self {
+        Self::in_group(device, case, shard, communicator, None)
+    }
+
+    fn in_group(
+        device: &Device,
+        case: &Case,
+        shard: Shard,
+        communicator: Option<Arc<dyn Communicator>>,
+        group: Option<Arc<dyn Communicator>>,
+    ) -> Self {
         let whole = ModelShape::uniform(case.spec.shape, 1, case.spec.weight_dtype);
         let pool = AdapterPool::new(device, &whole.shard(&shard).unwrap(), PoolConfig::default()).unwrap();
         let load = |(n, adapter): (usize, &moe_lora_core::AdapterLayer)| {
@@ -35,7 +45,10 @@ impl Rank {
         // Batches run in pieces.
         let (weights, limits) = (case.weights.shard(&shard).unwrap(), Limits { max_tokens: 16, max_rank: 64 });
         let layer = FusedMoEWithLoRA::with_limits(0, weights, device, &pool, limits).unwrap();
-        let layer = layer.with_shard(&whole.layer, &shard, communicator).unwrap();
+        let mut layer = layer.with_shard(&whole.layer, &shard, communicator).unwrap();
+        if let Some(group) = group {
+            layer = layer.with_adapter_group(group).unwrap();
+        }
         Self { shard, pool, layer, ids }
     }
 
@@ -56,12 +69,33 @@ fn on_ranks<R: Send>(
     (tp, ep): (usize, usize),
     work: impl Fn(Rank) -> R + Sync,
 ) -> Vec<Option<R>> {
-    let grid = Shard::grid(tp, ep).unwrap();
-    let ranks = grid.into_iter().zip(ThreadCommunicator::group(tp * ep));
+    on_shards(device, case, Shard::grid(tp, ep).unwrap(), work)
+}
+
+/// The same with fully sharded adapters.
+fn on_full_ranks<R: Send>(
+    device: &Device,
+    case: &Case,
+    (tp, ep): (usize, usize),
+    work: impl Fn(Rank) -> R + Sync,
+) -> Vec<Option<R>> {
+    let grid = Shard::grid(tp, ep).unwrap().into_iter().map(Shard::with_fully_sharded_adapters);
+    on_shards(device, case, grid.collect(), work)
+}
+
+fn on_shards<R: Send>(
+    device: &Device,
+    case: &Case,
+    grid: Vec<Shard>,
+    work: impl Fn(Rank) -> R + Sync,
+) -> Vec<Option<R>> {
+    let groups: Vec<_> = grid.chunks(grid[0].tp_size()).flat_map(|g| ThreadCommunicator::group(g.len())).collect();
+    let all = ThreadCommunicator::group(grid.len());
+    let ranks = grid.into_iter().zip(all.into_iter().zip(groups));
     std::thread::scope(|scope| {
-        let start = |(shard, communicator): (Shard, ThreadCommunicator)| {
+        let start = |(shard, (all, group)): (Shard, (ThreadCommunicator, ThreadCommunicator))| {
             let work = &work;
-            scope.spawn(move || work(Rank::new(device, case, shard, Some(Arc::new(communicator)))))
+            scope.spawn(move || work(Rank::in_group(device, case, shard, Some(Arc::new(all)), Some(Arc::new(group)))))
         };
         ranks.map(start).collect::<Vec<_>>().into_iter().map(|thread| thread.join().ok()).collect()
     })
@@ -71,11 +105,15 @@ fn wide<T: Element>(values: &[T]) -> Vec<f64> {
     values.iter().map(|v| v.to_f32().into()).collect()
 }
 
-/// The grid's output and base output, after all ranks were found to have the same bits.
-fn serve<T: Element + PartialEq>(device: &Device, case: &Case, grid: (usize, usize)) -> (Vec<f64>, Vec<f64>) {
-    let mut all = on_ranks(device, case, grid, |rank| {
-        (rank.serve::<T>(case, true).unwrap(), rank.serve::<T>(case, false).unwrap())
-    });
+/// The grid's output and base output, after all ranks were found to have the same bits. With `full`, adapters are fully sharded.
+fn serve<T: Element + PartialEq>(
+    device: &Device,
+    case: &Case,
+    grid: (usize, usize),
+    full: bool,
+) -> (Vec<f64>, Vec<f64>) {
+    let both = |rank: Rank| (rank.serve::<T>(case, true).unwrap(), rank.serve::<T>(case, false).unwrap());
+    let mut all = if full { on_full_ranks(device, case, grid, both) } else { on_ranks(device, case, grid, both) };
     let first = all.pop().unwrap().expect("no rank panics");
     assert!(all.into_iter().all(|other| other.as_ref() == Some(&first)), "ranks of {grid:?} differ");
     (wide(&first.0), wide(&first.1))
@@ -86,10 +124,12 @@ fn check<T: Element + PartialEq>(device: &Device, name: &str, case: &Case, grids
     let width = case.spec.shape.hidden_size;
     let share = delta_share(&truth, &base_truth);
     let mut single = None;
-    for &grid in grids {
-        let (out, base) = serve::<T>(device, case, grid);
+    for (grid, full) in
+        grids.iter().flat_map(|&grid| [(grid, false), (grid, true)]).filter(|(g, full)| g.0 > 1 || !full)
+    {
+        let (out, base) = serve::<T>(device, case, grid, full);
         let (error, row) = (relative_error(&out, &truth), worst_row_error(&out, &truth, width));
-        let what = format!("{name} {} on tp, ep {grid:?}: {error:.2e}, worst row {row:.2e}", T::DTYPE);
+        let what = format!("{name} {} on tp, ep {grid:?}, full {full}: {error:.2e}, worst row {row:.2e}", T::DTYPE);
         assert!(error <= bound && row <= 1e-2, "{what}");
         assert!(relative_error(&base, &base_truth) <= bound, "{what}, base");
         if share > 0.25 {
@@ -195,7 +235,7 @@ fn ranks_on_one_gpu_give_the_truth() {
     }
     let device = Device::cuda(0).unwrap();
     let most = std::env::var("MOE_LORA_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(usize::MAX);
-    let grids: Vec<_> = [(1, 1), (2, 1), (1, 2), (4, 2), (8, 1), (1, 8)].into_iter().take(most).collect();
+    let grids: Vec<_> = [(1, 1), (2, 1), (4, 2), (1, 2), (8, 1), (1, 8)].into_iter().take(most).collect();
     every_grid(&device, &grids);
 }
 
@@ -212,6 +252,23 @@ fn a_rank_holds_its_share_and_no_more() {
 }
 
 #[test]
+fn a_rank_of_fully_sharded_adapters_holds_its_part_of_all_six_matrices() {
+    let shape = LayerShape::new(8, 2, 64, 64).unwrap();
+    for rank in [16, 8, 5] {
+        let case = CaseSpec { adapters: vec![AdapterSpec::rank(rank); 3], ..CaseSpec::new(shape, 4) }.build(5);
+        for (tp, ep) in all_grids() {
+            let used = on_full_ranks(&Device::cpu(), &case, (tp, ep), |rank| rank.pool.snapshot().used_bytes);
+            for (n, bytes) in used.into_iter().enumerate() {
+                // A rank below tp leaves parts of one unused row.
+                let rows = (rank / tp + usize::from(n % tp < rank % tp)).max(1);
+                let expert = 3 * (2 * 64 * rows + 4 * 64 / tp * rank) * 4;
+                assert_eq!(bytes, Some(8 / ep * expert), "rank {rank}, tp {tp}, ep {ep}, {n}");
+            }
+        }
+    }
+}
+
+#[test]
 fn without_a_communicator_the_parts_add_up_to_the_truth() {
     let shape = LayerShape::new(8, 3, 48, 64).unwrap();
     let spec = CaseSpec { adapters: vec![AdapterSpec::rank(8); 2], bias: true, ..CaseSpec::new(shape, 9) };
@@ -223,6 +280,36 @@ fn without_a_communicator_the_parts_add_up_to_the_truth() {
     }
     let error = relative_error(&sum, &case.truth().unwrap());
     assert!(error <= 1e-5, "{error:.2e}");
+}
+
+/// A graph of a part reads the ids of all experts, and skips those of other ranks.
+#[cfg(feature = "cuda")]
+#[test]
+fn parts_in_graphs_add_up_to_the_truth() {
+    let Some(gpu) = moe_lora_cuda::testing::gpu("parts in graphs") else { return };
+    let device = Device::cuda(0).unwrap();
+    let shape = LayerShape::new(10, 4, 64, 64).unwrap();
+    for (seed, tokens) in [(21, 3), (22, 16)] {
+        let spec = CaseSpec { adapters: vec![AdapterSpec::rank(8); 2], bias: true, ..CaseSpec::new(shape, tokens) };
+        let case = spec.dtype(DType::Bf16).build(seed);
+        let mut sum = vec![0.0; case.hidden.len()];
+        for shard in Shard::grid(2, 3).unwrap() {
+            let rank = Rank::new(&device, &case, shard, None);
+            let stream = gpu.stream().unwrap();
+            let queue = stream.cudarc();
+            let mut graph = rank.layer.capture::<bf16, f32>(queue, tokens).unwrap();
+            let tensors = graph.tensors();
+            queue.memcpy_htod(&case.hidden_as::<bf16>(), &mut tensors.hidden_mut()).unwrap();
+            queue.memcpy_htod(&case.topk_ids, &mut tensors.topk_ids_mut()).unwrap();
+            queue.memcpy_htod(&case.topk_weights, &mut tensors.topk_weights_mut()).unwrap();
+            let id = |slot: &i32| usize::try_from(*slot).ok().map(|slot| rank.ids[slot]);
+            graph.replay(&TokenAdapters::from_ids(&case.token_slots.iter().map(id).collect::<Vec<_>>())).unwrap();
+            let part = queue.clone_dtoh(&graph.tensors().out()).unwrap();
+            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += f64::from(part));
+        }
+        let error = relative_error(&sum, &case.truth().unwrap());
+        assert!(error <= 3e-3, "{tokens} tokens: {error:.2e}");
+    }
 }
 
 #[test]
@@ -256,7 +343,7 @@ fn what_fails_on_one_rank_is_an_error_on_all_and_the_next_batch_runs() {
     let shape = LayerShape::new(8, 2, 48, 64).unwrap();
     let case = CaseSpec { adapters: vec![AdapterSpec::rank(8); 2], ..CaseSpec::new(shape, 9) }.build(8);
     let truth = case.base_truth().unwrap();
-    let results = on_ranks(&Device::cpu(), &case, (2, 2), |rank| {
+    let work = |rank: Rank| {
         if rank.shard.rank() == 2 {
             rank.pool.unload(rank.ids[0]).unwrap();
         }
@@ -266,14 +353,27 @@ fn what_fails_on_one_rank_is_an_error_on_all_and_the_next_batch_runs() {
         let refused = rank.serve::<f32>(&bad, true).expect_err("there is no expert 8");
         let base = wide(&rank.serve::<f32>(&case, false).unwrap());
         (rank.shard.rank(), failed, refused, relative_error(&base, &truth))
-    });
-    for (rank, failed, _, error) in results.into_iter().map(|r| r.expect("no rank panics")) {
-        match (rank, &failed) {
-            (2, LayerError::Pool(_)) => {}
-            (0 | 1 | 3, LayerError::Collective(e)) => assert!(e.to_string().starts_with("rank 2 failed: adapter id")),
-            other => panic!("{other:?}"),
+    };
+    for full in [false, true] {
+        let grid = (2, 2);
+        let results = match full {
+            true => on_full_ranks(&Device::cpu(), &case, grid, work),
+            false => on_ranks(&Device::cpu(), &case, grid, work),
+        };
+        for (rank, failed, _, error) in results.into_iter().map(|r| r.expect("no rank panics")) {
+            match (rank, &failed) {
+                (2, LayerError::Pool(_)) => {}
+                // Its neighbour hears of it in their own group, where it is the first.
+                (3, LayerError::Collective(e)) if full => {
+                    assert!(e.to_string().starts_with("rank 0 failed: adapter id"), "{e}");
+                }
+                (0 | 1 | 3, LayerError::Collective(e)) => {
+                    assert!(e.to_string().starts_with("rank 2 failed: adapter id"), "{e}");
+                }
+                other => panic!("{other:?}"),
+            }
+            assert!(error <= 1e-5);
         }
-        assert!(error <= 1e-5);
     }
 }
 
@@ -281,13 +381,23 @@ fn what_fails_on_one_rank_is_an_error_on_all_and_the_next_batch_runs() {
 fn a_rank_that_dies_is_an_error_on_all() {
     let shape = LayerShape::new(8, 2, 48, 64).unwrap();
     let case = CaseSpec { adapters: vec![AdapterSpec::rank(8)], ..CaseSpec::new(shape, 5) }.build(9);
-    let results = on_ranks(&Device::cpu(), &case, (4, 2), |rank| {
+    let work = |rank: Rank| {
         rank.serve::<f32>(&case, true).unwrap();
         assert!(rank.shard.rank() != 5, "on purpose");
         rank.serve::<f32>(&case, true).map(drop).map_err(|e| e.to_string())
-    });
-    for (rank, result) in results.into_iter().enumerate() {
+    };
+    for (rank, result) in on_ranks(&Device::cpu(), &case, (4, 2), work).into_iter().enumerate() {
         assert_eq!(result, (rank != 5).then(|| Err("rank 5 is gone".to_owned())));
+    }
+    for (rank, result) in on_full_ranks(&Device::cpu(), &case, (4, 2), work).into_iter().enumerate() {
+        // Of its own group, where it is rank 1, or of all.
+        let gone = |n| Some(Err(format!("rank {n} is gone")));
+        let expected = match rank {
+            5 => None,
+            4..8 => gone(1),
+            _ => gone(5),
+        };
+        assert_eq!(result, expected, "rank {rank}");
     }
 }
 
@@ -310,4 +420,9 @@ fn parts_that_do_not_belong_together_are_refused() {
         layer(case.weights.clone()).with_shard(&shape, &Shard::WHOLE, Some(Arc::clone(rank))).map(drop)
     };
     assert_eq!(message(whole(&ranks[1]).unwrap_err()), "communicator: found rank 1 of 2, expected rank 0 of 1");
+    let alone = Rank::new(&Device::cpu(), &case, Shard::new(0, 2, 0, 1).unwrap().with_fully_sharded_adapters(), None);
+    let error = message(alone.serve::<f32>(&case, false).unwrap_err());
+    assert_eq!(error, "layer: found fully sharded adapters without a group, expected a layer `with_adapter_group`");
+    let error = message(alone.layer.with_adapter_group(Arc::clone(&ranks[1])).unwrap_err());
+    assert_eq!(error, "adapter group: found rank 1 of 2, expected rank 0 of 2");
 }

@@ -40,8 +40,8 @@ pub(crate) fn check(
 
 fn sizes(lora: &Lora, projection: Projection, shape: &ModelShape, config: &PoolConfig) -> Result<(), InputError> {
     let found = [lora.out_features(), lora.in_features()];
-    let want = projection.base_shape(&shape.layer);
-    if found != want {
+    let want = projection.lora_shape(&shape.layer);
+    if found != want || lora.a().rows() != projection.a_rows(&shape.layer, lora.rank()) {
         return Err(InputError::new(format!("B A of {found:?}"), format!("{want:?}")));
     }
     if lora.rank() > config.max_rank {

@@ -1,7 +1,7 @@
 //! The row map against its definition: every kept pair once, sorted by (expert, slot), stable.
 #![allow(clippy::unwrap_used)] // Helpers of tests are test code too.
 
-use moe_lora_core::{RowMap, Segment};
+use moe_lora_core::{LayerShape, RowMap, Segment, Shard};
 use moe_lora_route::Aligner;
 
 struct Batch {
@@ -192,4 +192,24 @@ fn bad_input_is_named_and_changes_nothing() {
     let error = Aligner::new(4, usize::MAX).align(&[0], &[0.0], &[0, 0], |_| true, &mut map).unwrap_err();
     assert!(error.to_string().starts_with("topk_ids"), "{error}");
     assert_eq!(map, before);
+}
+
+#[test]
+fn a_rank_drops_the_experts_of_others() {
+    let mut rng = fastrand::Rng::with_seed(9);
+    let whole = LayerShape::new(10, 3, 8, 8).unwrap();
+    for shard in Shard::grid(1, 4).unwrap() {
+        let share = shard.share(&whole).unwrap();
+        let mut batch = Batch::new(&mut rng, 50, 3, 10, &[-1, 0, 1]);
+        let (mut found, mut expected) = (RowMap::default(), RowMap::default());
+        batch.align(&mut Aligner::of(&share.shape), &mut found);
+        let local = |id: &i32| share.experts.clone().position(|e| e as i32 == *id).map_or(-1, |e| e as i32);
+        batch.ids = batch.ids.iter().map(local).collect();
+        batch.align(&mut Aligner::new(share.experts.len(), 3), &mut expected);
+        assert_eq!(found, expected, "{shard:?}");
+        batch.ids[7] = 10;
+        let error = Aligner::of(&share.shape).align(&batch.ids, &batch.weights, &batch.slots, has_lora, &mut found);
+        let expected = "topk_ids: found expert 10 for token 2 at place 1, expected -1 to 9";
+        assert_eq!(error.unwrap_err().to_string(), expected);
+    }
 }

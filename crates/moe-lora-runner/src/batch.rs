@@ -42,7 +42,7 @@ impl Limits {
 pub struct Batch<'a, X, A = &'a AdapterTable<'a>> {
     /// `[T, H]`.
     pub hidden: &'a [X],
-    /// `[T, k]`; -1 is skipped.
+    /// `[T, k]`: experts of all ranks; those of other ranks are skipped, as is -1.
     pub topk_ids: &'a [i32],
     /// `[T, k]`.
     pub topk_weights: &'a [f32],
@@ -77,4 +77,13 @@ impl<'a, X, A> Batch<'a, X, A> {
         }
         Ok(())
     }
+}
+
+/// Parts of adapters give nothing useful alone.
+pub(crate) fn check_whole(shape: &LayerShape) -> Result<(), InputError> {
+    if shape.adapter_part.is_whole() {
+        return Ok(());
+    }
+    let found = format!("{:?}", shape.adapter_part);
+    Err(InputError::new(found, "whole adapters, or a way to exchange what parts give").in_tensor("adapters"))
 }

@@ -41,7 +41,7 @@ mod runner;
 
 pub use batch::{Batch, Limits};
 #[cfg(feature = "cuda")]
-pub use cuda::{CapturedForward, CudaRunner, CudaWeights, raw, slices};
+pub use cuda::{CapturedForward, CudaRunner, CudaWeights, Sum, Sums, raw, slices};
 pub use device::{Backend, Device};
 pub use error::RunnerError;
 pub use moe_lora_gemm::cpu::Kernel;

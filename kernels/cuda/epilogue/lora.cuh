@@ -32,6 +32,7 @@ struct TileLora {
     const uint32_t* shrunk;  // [rows, stride], see params.cuh
     uint32_t stride, max_rank;
     uint32_t first_row, num_rows;  // of B: the tile's features
+    uint32_t before = 0;           // features of the tile in front of those
 
     // Begins to copy a segment a thread to shared memory, 16 bytes each from `raw` on. All threads.
     __device__ __forceinline__ void read(uint32_t raw, uint64_t segments, uint32_t num_segments) const {
@@ -85,11 +86,12 @@ struct TileLora {
     __device__ __forceinline__ uint32_t first_row_of(uint32_t part) const {
         return part == 0 ? tile.first_row : parts[part - 1].end_row;
     }
-    // 8 ranks of a row of B; null where there are none.
+    // 8 ranks of the row of B of the tile's feature `row`; null where there are none.
     __device__ __forceinline__ const T* b(uint32_t part, int projection, uint32_t row, uint32_t rank) const {
         const uint32_t rank8 = parts[part].rank8[projection];
-        if (rank >= rank8 || row >= num_rows) return nullptr;
-        return reinterpret_cast<const T*>(parts[part].b[projection]) + static_cast<size_t>(first_row + row) * rank8 + rank;
+        const uint32_t at = row - before;
+        if (rank >= rank8 || at >= num_rows) return nullptr;
+        return reinterpret_cast<const T*>(parts[part].b[projection]) + static_cast<size_t>(first_row + at) * rank8 + rank;
     }
     // 4 ranks of a token's S (the first and the second parts of each); null where there are none.
     __device__ __forceinline__ const uint32_t* s(uint32_t part, int projection, uint32_t token, uint32_t rank) const {

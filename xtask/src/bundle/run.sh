@@ -8,6 +8,9 @@
 #                                  the same layers through the C library and PyTorch (`peers/bench_peer.py` has the arguments),
 #                                  beside rows of other systems; ROWS=rows is where ours are kept; named systems run in the same
 #                                  process, from PEERS=FOLDER (made by `peers/prepare.py FOLDER SYSTEM...`)
+#   ./run.sh ranks [ARGUMENT]...   a layer over several GPUs, threads and processes, adapters fully sharded or not: truth, swaps,
+#                                  graphs and their times, a rank that dies; with one GPU, what one GPU can show of it; the
+#                                  arguments are those of `bin/moe-lora-bench ranks`
 #   ./run.sh all [ARGUMENT]...     one after the other; the arguments are those of bench
 #
 # TESTS="moe-lora-cuda-* moe-lora-layer-cuda" chooses programs, FILTER="graph" tests in them, LIMIT=300 ends a program
@@ -76,6 +79,22 @@ case $command in
       [ ! -e "$rows/$system.json" ] || others+=("$rows/$system.json")
     done
     bin/moe-lora-bench compare "$rows/moe_lora.json" "${others[@]}" peers/rows/*.json || failed=1
+    ;;
+  ranks)
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+    grids=("2 1" "1 2")
+    [ "$gpus" -ge 2 ] || grids=("1 1" "2 1" "2 2")
+    [ "$gpus" -lt 4 ] || grids+=("4 1" "2 2")
+    for grid in "${grids[@]}"; do
+      read -r tp ep <<<"$grid"
+      for mode in "" --processes; do
+        for full in "" --fully-sharded; do
+          [ -z "$full" ] || [ "$tp" -gt 1 ] || continue
+          timeout "$limit" bin/moe-lora-bench ranks --tp "$tp" --ep "$ep" $mode $full \
+            --json "ranks-tp$tp-ep$ep$mode$full.json" "$@" || failed=$((failed + 1))
+        done
+      done
+    done
     ;;
   all)
     choose

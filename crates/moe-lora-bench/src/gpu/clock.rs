@@ -29,11 +29,23 @@ impl Clock {
     }
 
     /// The median of 20 runs, in microseconds.
-    pub(super) fn median(&self, gpu: &Gpu, stream: &Stream, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    pub(super) fn median(&self, gpu: &Gpu, stream: &Stream, work: impl FnMut() -> Result<()>) -> Result<f64> {
+        self.median_after(gpu, stream, || Ok(()), work)
+    }
+
+    /// The same, each run behind other work, which does not count.
+    pub(super) fn median_after(
+        &self,
+        gpu: &Gpu,
+        stream: &Stream,
+        mut before: impl FnMut() -> Result<()>,
+        mut work: impl FnMut() -> Result<()>,
+    ) -> Result<f64> {
         let mut times = Vec::with_capacity(RUNS);
         for _ in 0..RUNS {
             stream.fill(&self.written, 0, FLUSH_BYTES, 0)?;
             launch::read(gpu, stream, &self.read, &self.sink)?;
+            before()?;
             let begin = stream.record(true)?;
             work()?;
             let end = stream.record(true)?;

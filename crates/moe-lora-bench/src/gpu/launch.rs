@@ -4,6 +4,7 @@
 use anyhow::{Result, ensure};
 use moe_lora_cuda::{DeviceBuffer, Gpu, Stream};
 use moe_lora_kernels::{Format, NoiseParams, PeakParams, ReadParams};
+use moe_lora_runner::RunnerError;
 use moe_lora_runner::raw::{self, ForwardArgs, Path};
 
 /// Rows of noise, zero from a column on.
@@ -86,6 +87,27 @@ impl Product {
         unsafe { gpu.kernels().launch(stream, Format::Bf16, &params, launch) }?;
         Ok(())
     }
+}
+
+/// One forward of a part with fully sharded adapters, or of any other, through the raw door.
+///
+/// # Safety
+/// As [`raw::forward_exchanging`].
+pub(super) unsafe fn forward_exchanging(
+    gpu: &Gpu,
+    args: &ForwardArgs,
+    mut exchange: impl FnMut(usize, usize) -> Result<()>,
+) -> Result<()> {
+    let mut failed = Ok(());
+    // SAFETY: the caller's promise.
+    let launched = unsafe {
+        raw::forward_exchanging(gpu, args, |offset, count| {
+            failed = exchange(offset, count);
+            Ok::<(), RunnerError>(())
+        })
+    };
+    failed?;
+    Ok(launched?)
 }
 
 /// One forward through the raw door, on a path or the fastest.

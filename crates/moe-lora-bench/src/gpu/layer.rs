@@ -56,6 +56,10 @@ impl Layer {
         })
     }
 
+    pub(super) const fn workspace(&self) -> &DeviceBuffer {
+        &self.workspace
+    }
+
     pub(super) fn set_routes(&self, stream: &Stream, routes: &Routes) -> Result<()> {
         stream.upload(&self.topk_ids, 0, &routes.topk_ids)?;
         Ok(stream.upload(&self.topk_weights, 0, &routes.topk_weights)?)
@@ -91,6 +95,10 @@ impl Layer {
             dtype: format,
             out_dtype: format,
             scaling: 1.0,
+            first_expert: self.shape.first_expert as u32,
+            all_experts: self.shape.all_experts() as u32,
+            adapter_part: self.shape.adapter_part.index() as u32,
+            adapter_parts: self.shape.adapter_part.of() as u32,
             ..ForwardArgs::default()
         };
         args.with_w13(self.w13.address(), false).with_w2(self.w2.address())
@@ -116,9 +124,12 @@ impl Adapters {
             .iter()
             .map(|rank| {
                 Projection::ALL.map(|projection| {
-                    let [out, width] = projection.base_shape(shape);
+                    let [out, width] = projection.lora_shape(shape);
                     let stored = rank.next_multiple_of(8);
-                    [layout.add::<u16>(experts * stored * width), layout.add::<u16>(experts * out * stored)]
+                    [
+                        layout.add::<u16>(experts * a_rows(shape, projection, *rank) * width),
+                        layout.add::<u16>(experts * out * stored),
+                    ]
                 })
             })
             .collect();
@@ -127,7 +138,8 @@ impl Adapters {
         for (slot, &rank) in places.iter().zip(&set.ranks) {
             let stored = rank.next_multiple_of(8);
             for (&[a, b], projection) in slot.iter().zip(Projection::ALL) {
-                let [out, width] = projection.base_shape(shape);
+                let [out, width] = projection.lora_shape(shape);
+                let rows = a_rows(shape, projection, rank);
                 let noise = |count, width, filled, seed, deviation| Noise {
                     format: layer.format,
                     count,
@@ -137,7 +149,7 @@ impl Adapters {
                     deviation,
                 };
                 // What a rank lacks to a multiple of 8 is zero: rows of A, columns of B.
-                noise(experts * stored * width, stored * width, rank * width, seed, root(width))
+                noise(experts * rows * width, rows * width, rank.min(rows) * width, seed, root(width))
                     .write(gpu, stream, &memory, a)?;
                 noise(experts * out * stored, stored, rank, seed + 1, 0.3 * root(rank))
                     .write(gpu, stream, &memory, b)?;
@@ -165,11 +177,20 @@ impl Adapters {
         expert: usize,
         projection: Projection,
     ) -> Option<[usize; 2]> {
-        let [out, width] = projection.base_shape(shape);
-        let stored = self.set.ranks.get(slot)?.next_multiple_of(8);
+        let [out, width] = projection.lora_shape(shape);
+        let rank = *self.set.ranks.get(slot)?;
         let [a, b] = self.places.get(slot)?[projection as usize];
-        Some([a + 2 * expert * stored * width, b + 2 * expert * out * stored])
+        Some([
+            a + 2 * expert * a_rows(shape, projection, rank) * width,
+            b + 2 * expert * out * rank.next_multiple_of(8),
+        ])
     }
+}
+
+/// Rows of A as they are stored.
+fn a_rows(shape: &LayerShape, projection: Projection, rank: usize) -> usize {
+    let rows = projection.a_rows(shape, rank);
+    if rows == rank { rank.next_multiple_of(8) } else { rows }
 }
 
 /// Scale of every adapter.

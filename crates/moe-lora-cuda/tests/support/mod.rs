@@ -1,17 +1,19 @@
 //! One layer on the GPU, launched kernel by kernel from plain buffers: what the tests check.
 #![allow(dead_code, unreachable_pub, reason = "every test uses its own part")]
 
+mod adapters;
 mod whole_layer;
 
-use bytemuck::{Pod, bytes_of, cast_slice};
-use moe_lora_core::{Activation, DType, Element, Projection, RouterWeightPlacement};
+use adapters::adapters;
+use bytemuck::{Pod, cast_slice};
+use moe_lora_core::{Activation, DType, Element, RouterWeightPlacement};
 use moe_lora_cuda::{
     DeviceBuffer, Gpu, GpuError, Layout, Stream, decode_down, decode_gate_up, prefill_down, prefill_gate_up,
 };
 use moe_lora_kernels::{
-    AdapterEntry, AlignParams, BatchSizes, ClusterAlignParams, CombineParams, DecodeAlignParams, DecodeDownParams,
-    DecodePlan, DeviceSegment, DownParams, Format, GateUpParams, Kernel, LayerPlan, PrefillGateUpParams,
-    PrefillShrinkParams, RouteBounds, RouteCounts, RowTile, ShrinkParams,
+    AlignParams, BatchSizes, ClusterAlignParams, CombineParams, DecodeAlignParams, DecodeDownParams, DecodePlan,
+    DeviceSegment, DownParams, Format, GateUpParams, Kernel, LayerPlan, PrefillGateUpParams, PrefillShrinkParams,
+    RouteBounds, RouteCounts, RowTile, ShrinkParams,
 };
 use moe_lora_reference::random::Case;
 
@@ -24,6 +26,9 @@ pub struct Sizes {
     pub intermediate: usize,
     pub slots: usize,
     pub max_rank: usize,
+    /// Of a rank's part: the id of its first expert, and the experts of all ranks.
+    pub first_expert: usize,
+    pub all_experts: usize,
 }
 
 /// Everything of a layer that does not change with the batch.
@@ -186,6 +191,8 @@ impl Batch {
             num_experts: sizes.experts as u32,
             num_slots: sizes.slots as u32,
             tile_rows,
+            first_expert: sizes.first_expert as u32,
+            all_experts: sizes.all_experts as u32,
             reserved: 0,
         };
         let kernels = gpu.kernels();
@@ -300,6 +307,8 @@ impl Layer {
                 intermediate: shape.intermediate_size,
                 slots: case.adapters.len(),
                 max_rank,
+                first_expert: 0,
+                all_experts: shape.num_experts,
             },
             format: if T::DTYPE == DType::F16 { Format::F16 } else { Format::Bf16 },
             interleaved: case.spec.interleaved,
@@ -428,6 +437,8 @@ impl Layer {
             intermediate_size: s.intermediate as u32,
             shrunk_stride: 2 * s.max_rank as u32,
             rows_f32: u32::from(rows_f32),
+            first_b: 0,
+            num_b: s.hidden as u32,
         };
         // SAFETY, for every launch: all addresses are parts of buffers that were made for these sizes, and the caller keeps
         // them until the stream is done.
@@ -550,48 +561,4 @@ impl Layer {
     ) -> Result<(), GpuError> {
         STAGES.into_iter().try_for_each(|stage| self.stage(gpu, stream, batch, stage, rows_f32, lora))
     }
-}
-
-/// All matrices of a case in one buffer, NaN between them, and the table of their places.
-fn adapters<T: Element>(gpu: &Gpu, stream: &Stream, case: &Case) -> Result<(DeviceBuffer, DeviceBuffer), GpuError> {
-    let mut bytes: Vec<u8> = Vec::new();
-    let mut places = Vec::new();
-    for layer in &case.adapters {
-        for expert in layer.experts() {
-            for projection in Projection::ALL {
-                let Some(lora) = expert.get(projection) else {
-                    places.push(None);
-                    continue;
-                };
-                let (rank, stored) = (lora.rank(), lora.rank().next_multiple_of(8));
-                let mut a = lora.a().to_vec::<T>();
-                a.resize(stored * lora.in_features(), T::from_f32(0.0));
-                let mut b = vec![T::from_f32(0.0); lora.out_features() * stored];
-                let rows = lora.b().to_vec::<T>();
-                b.chunks_mut(stored).zip(rows.chunks(rank)).for_each(|(to, from)| to[..rank].copy_from_slice(from));
-                let mut put = |values: &[T]| {
-                    bytes.resize(bytes.len().next_multiple_of(16) + 16, 0xff);
-                    let at = bytes.len();
-                    bytes.extend_from_slice(cast_slice(values));
-                    at
-                };
-                places.push(Some((put(&a), put(&b), rank as i32, lora.scale())));
-            }
-        }
-    }
-    bytes.extend_from_slice(bytes_of(&u64::MAX));
-    let memory = upload(gpu, stream, &bytes)?;
-    let entries: Vec<AdapterEntry> = places
-        .into_iter()
-        .map(|place| {
-            place.map_or(AdapterEntry::default(), |(a, b, rank, scale)| AdapterEntry {
-                a: memory.address() + a as u64,
-                b: memory.address() + b as u64,
-                rank,
-                scale,
-            })
-        })
-        .collect();
-    let table = upload(gpu, stream, &entries)?;
-    Ok((memory, table))
 }

@@ -23,6 +23,11 @@ impl Batch<'_> {
         }
     }
 
+    /// Whether a row has an adapter.
+    pub(super) fn any_adapter(&self) -> bool {
+        self.rows.segments.iter().any(|s| self.adapters.layer(s.slot).is_some())
+    }
+
     /// The adapter slot of every token.
     pub(super) fn token_slots(&self, slots: &mut [i32]) -> Result<(), InputError> {
         slots[..self.rows.num_tokens].fill(NO_ROW);

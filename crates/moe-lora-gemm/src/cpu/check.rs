@@ -3,7 +3,7 @@
 use super::workspace::{Done, Stage};
 use super::{Batch, Workspace};
 use crate::GemmError;
-use moe_lora_core::{InputError, Projection, RowMap};
+use moe_lora_core::{AdapterPart, InputError, LayerShape, Projection, RowMap};
 
 fn wrong(what: &str, found: impl ToString, expected: impl ToString) -> GemmError {
     InputError::new(found.to_string(), expected.to_string()).in_tensor(what).into()
@@ -28,6 +28,14 @@ pub(super) fn batch(batch: &Batch<'_>, ws: &Workspace) -> Result<(), GemmError> 
     }
     pairs(rows)?;
     segments(batch, ws)
+}
+
+/// That adapters are whole.
+pub(super) fn whole(shape: &LayerShape) -> Result<(), GemmError> {
+    match shape.adapter_part {
+        AdapterPart::WHOLE => Ok(()),
+        part => Err(wrong("adapters", format!("{part:?}"), "whole ones, or a way to exchange what parts give")),
+    }
 }
 
 /// That rows and pairs are each other's inverse.
@@ -81,8 +89,9 @@ fn segments(batch: &Batch<'_>, ws: &Workspace) -> Result<(), GemmError> {
             let Some(lora) = adapters.get(segment.slot, expert, projection) else { continue };
             let place = || format!("adapter slot {} expert {expert} {projection}", segment.slot);
             let found = [lora.out_features(), lora.in_features()];
-            let want = projection.base_shape(shape);
-            if found != want || lora.a().dtype() != weights.dtype() {
+            let want = projection.lora_shape(shape);
+            let fits = found == want && lora.a().rows() == projection.a_rows(shape, lora.rank());
+            if !fits || lora.a().dtype() != weights.dtype() {
                 let found = format!("{found:?} {}", lora.a().dtype());
                 return Err(wrong(&place(), found, format!("{want:?} {}", weights.dtype())));
             }

@@ -8,7 +8,13 @@ use super::workspace::{BAND_ROWS, Band, Workspace, row_stride};
 use bytemuck::cast_slice;
 use moe_lora_core::{Projection, Segment};
 
-pub(super) fn run<E: Engine>(engine: E, batch: &Batch<'_>, ws: &mut Workspace) {
+/// `exchange` is called if adapters are parts.
+pub(super) fn run<E: Engine, R>(
+    engine: E,
+    batch: &Batch<'_>,
+    ws: &mut Workspace,
+    exchange: impl FnOnce(&mut [f32]) -> Result<(), R>,
+) -> Result<(), R> {
     let Batch { weights, rows, adapters } = *batch;
     let shape = weights.shape();
     let max_rank = ws.max_rank;
@@ -17,7 +23,13 @@ pub(super) fn run<E: Engine>(engine: E, batch: &Batch<'_>, ws: &mut Workspace) {
     let stride = row_stride::<E::X>(shape.intermediate_size);
     let x = |row: usize| &h[row * stride..][..shape.intermediate_size];
     shrink::rows(engine, batch, &[Projection::Down], x, max_rank, max_rank, &mut buffers.row_s);
+    if !shape.adapter_part.is_whole() {
+        let count = if batch.any_adapter() { rows.num_rows() * max_rank } else { 0 };
+        exchange(&mut buffers.row_s[..count])?;
+    }
     let row_s = &*buffers.row_s;
+    // The features whose B is here.
+    let here = shape.adapter_part.hidden(shape.hidden_size);
 
     let lora = |segment: &Segment, row: usize| {
         // A shared B is applied in `combine`, to the sum over the token's experts.
@@ -40,12 +52,32 @@ pub(super) fn run<E: Engine>(engine: E, batch: &Batch<'_>, ws: &mut Workspace) {
                 loras[row - band.start] = lora(segment, row);
             }
         }
-        let mut sums = [[0.0; BLOCK]; BAND_ROWS];
-        let (vectors, loras) = (&vectors[..band.len()], &loras[..band.len()]);
-        project(engine, typed(&expert.down), features.clone(), vectors, loras, &mut sums);
-        for (i, sums) in sums.iter().enumerate().take(band.len()) {
+        let (start, end) =
+            (here.start.clamp(features.start, features.end), here.end.clamp(features.start, features.end));
+        let (vectors, loras, none) = (&vectors[..band.len()], &loras[..band.len()], &[None; BAND_ROWS][..band.len()]);
+        for (part, base, loras) in
+            [(features.start..start, 0, none), (start..end, here.start, loras), (end..features.end, 0, none)]
+        {
+            if part.is_empty() {
+                continue;
+            }
+            // Rows of W and of B from `base` on.
+            let mut sums = [[0.0; BLOCK]; BAND_ROWS];
+            project(
+                engine,
+                typed(&expert.down).rows_from(base),
+                part.start - base..part.end - base,
+                vectors,
+                loras,
+                &mut sums,
+            );
+            for (i, sums) in sums.iter().enumerate().take(band.len()) {
+                let first = part.start - features.start;
+                block.row(i)[first..first + part.len()].copy_from_slice(&sums[..part.len()]);
+            }
+        }
+        for i in 0..band.len() {
             let y = block.row(i);
-            y.copy_from_slice(&sums[..features.len()]);
             if let Some(bias) = &expert.bias {
                 for (y, bias) in y.iter_mut().zip(&bias.down[features.clone()]) {
                     *y += bias;
@@ -53,4 +85,5 @@ pub(super) fn run<E: Engine>(engine: E, batch: &Batch<'_>, ws: &mut Workspace) {
             }
         }
     });
+    Ok(())
 }

@@ -9,7 +9,14 @@ use bytemuck::cast_slice_mut;
 use moe_lora_core::{Element, Projection, RouterWeightPlacement, Segment, Slice};
 use rayon::prelude::*;
 
-pub(super) fn run<E: Engine>(engine: E, batch: &Batch<'_>, hidden: Slice<'_>, ws: &mut Workspace) {
+/// `exchange` is called if adapters are parts.
+pub(super) fn run<E: Engine, R>(
+    engine: E,
+    batch: &Batch<'_>,
+    hidden: Slice<'_>,
+    ws: &mut Workspace,
+    exchange: impl FnOnce(&mut [f32]) -> Result<(), R>,
+) -> Result<(), R> {
     let Batch { weights, rows, adapters } = *batch;
     let shape = weights.shape();
     let max_rank = ws.max_rank;
@@ -25,6 +32,10 @@ pub(super) fn run<E: Engine>(engine: E, batch: &Batch<'_>, hidden: Slice<'_>, ws
 
     shrink::tokens(engine, batch, x, &buffers.token_slot, max_rank, &mut buffers.token_s);
     shrink::rows(engine, batch, &[Projection::Gate, Projection::Up], row_x, max_rank, 2 * max_rank, &mut buffers.row_s);
+    if !shape.adapter_part.is_whole() {
+        let count = if batch.any_adapter() { rows.num_rows() * 2 * max_rank } else { 0 };
+        exchange(&mut buffers.row_s[..count])?;
+    }
     let (row_s, token_s) = (&*buffers.row_s, &*buffers.token_s);
 
     let lora = |segment: &Segment, row: usize, projection| {
@@ -76,6 +87,7 @@ pub(super) fn run<E: Engine>(engine: E, batch: &Batch<'_>, hidden: Slice<'_>, ws
             }
         },
     );
+    Ok(())
 }
 
 /// Copies rows of `width` to rows `stride` apart, in another format.

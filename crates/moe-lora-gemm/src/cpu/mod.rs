@@ -125,13 +125,30 @@ impl<'a, X: Element> LayerArgs<'a, X> {
 /// First stage: gate and up projections with LoRA in the accumulators, bias and activation. Leaves `h` in `ws`.
 ///
 /// # Errors
-/// If an argument does not fit the layer or the workspace, or `kernel` cannot run here or with these formats.
+/// If an argument does not fit the layer or the workspace, or `kernel` cannot run here or with these formats. If adapters are
+/// [parts](moe_lora_core::AdapterPart), which have something to exchange.
 pub fn gate_up<X: Element>(args: &LayerArgs<'_, X>, kernel: Kernel, ws: &mut Workspace) -> Result<(), GemmError> {
+    check::whole(args.weights.shape())?;
+    gate_up_exchanging(args, kernel, ws, |_| Ok(()))
+}
+
+/// [`gate_up`] of a rank's part of a layer. If its adapters are parts too, `exchange` is called once and replaces what it is
+/// given, `S` of this rank's ranks of A and zeros, by the sums over all parts. It is given nothing if no row has an adapter.
+///
+/// # Errors
+/// As [`gate_up`], and those of `exchange`.
+pub fn gate_up_exchanging<X: Element, E: From<GemmError>>(
+    args: &LayerArgs<'_, X>,
+    kernel: Kernel,
+    ws: &mut Workspace,
+    exchange: impl FnOnce(&mut [f32]) -> Result<(), E>,
+) -> Result<(), E> {
     let batch = args.batch(ws)?;
     kernel.check(batch.weights.dtype(), X::DTYPE)?;
     ws.done = None;
-    with_engine!(kernel, batch.weights.dtype(), engine => gate_up::run(engine, &batch, X::wrap(args.hidden), ws))
-        .ok_or(kernel.missing())?;
+    let hidden = X::wrap(args.hidden);
+    with_engine!(kernel, batch.weights.dtype(), engine => gate_up::run(engine, &batch, hidden, ws, exchange))
+        .ok_or(kernel.missing())??;
     ws.done = Some(Done { stage: Stage::GateUp, kernel, tokens: batch.rows.num_tokens, rows: batch.rows.num_rows() });
     Ok(())
 }
@@ -139,15 +156,32 @@ pub fn gate_up<X: Element>(args: &LayerArgs<'_, X>, kernel: Kernel, ws: &mut Wor
 /// Second stage: down projection of what [`gate_up`] left in `ws`, with LoRA and bias. Leaves `y` in `ws`.
 ///
 /// # Errors
-/// If an argument does not fit the layer or the workspace, or [`gate_up`] did not run on this batch with `kernel`.
+/// If an argument does not fit the layer or the workspace, or [`gate_up`] did not run on this batch with `kernel`. If adapters are
+/// [parts](moe_lora_core::AdapterPart), which have something to exchange.
 pub fn down<X: Element>(args: &LayerArgs<'_, X>, kernel: Kernel, ws: &mut Workspace) -> Result<(), GemmError> {
+    check::whole(args.weights.shape())?;
+    down_exchanging(args, kernel, ws, |_| Ok(()))
+}
+
+/// [`down`] of a rank's part of a layer. If its adapters are parts too, `exchange` is called once and replaces what it is given,
+/// `S` of this rank's part of I, by the sums over all parts. It is given nothing if no row has an adapter.
+///
+/// # Errors
+/// As [`down`], and those of `exchange`.
+pub fn down_exchanging<X: Element, E: From<GemmError>>(
+    args: &LayerArgs<'_, X>,
+    kernel: Kernel,
+    ws: &mut Workspace,
+    exchange: impl FnOnce(&mut [f32]) -> Result<(), E>,
+) -> Result<(), E> {
     let batch = args.batch(ws)?;
     kernel.check(batch.weights.dtype(), X::DTYPE)?;
     let done = check::order(ws, &batch, "down", Stage::GateUp)?;
     if done.kernel != kernel {
-        return Err(GemmError::Kernel { kernel, reason: "gate_up ran with another kernel" });
+        return Err(GemmError::Kernel { kernel, reason: "gate_up ran with another kernel" }.into());
     }
-    with_engine!(kernel, batch.weights.dtype(), engine => down::run(engine, &batch, ws)).ok_or(kernel.missing())?;
+    with_engine!(kernel, batch.weights.dtype(), engine => down::run(engine, &batch, ws, exchange))
+        .ok_or(kernel.missing())??;
     ws.done = Some(Done { stage: Stage::Down, ..done });
     Ok(())
 }

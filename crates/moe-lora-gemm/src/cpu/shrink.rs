@@ -69,16 +69,20 @@ pub(super) fn rows<'x, E: Engine>(
 ) where
     E::X: 'x,
 {
-    let segments = &batch.rows.segments;
+    let (segments, part) = (&batch.rows.segments, batch.weights.shape().adapter_part);
     // An adapter that changes nothing here may come with a workspace for rank 0.
-    if stride == 0 || !segments.iter().any(|s| batch.adapters.layer(s.slot).is_some()) {
+    if stride == 0 || !batch.any_adapter() {
         return;
     }
     let num_rows = batch.rows.num_rows();
-    // Enough parts for the threads, large enough that rows of a segment use A together.
-    let part = num_rows.div_ceil(8 * rayon::current_num_threads()).clamp(1, 24);
-    out[..num_rows * stride].par_chunks_mut(part * stride).enumerate().for_each(|(i, out)| {
-        let first = i * part;
+    if !part.is_whole() {
+        // What other parts have of A, they will add.
+        out[..num_rows * stride].fill(0.0);
+    }
+    // Enough shares for the threads, large enough that rows of a segment use A together.
+    let share = num_rows.div_ceil(8 * rayon::current_num_threads()).clamp(1, 24);
+    out[..num_rows * stride].par_chunks_mut(share * stride).enumerate().for_each(|(i, out)| {
+        let first = i * share;
         for (segment, piece) in pieces(segments, &(first..first + out.len() / stride)) {
             let Some(layer) = batch.adapters.layer(segment.slot) else { continue };
             let expert = segment.expert as usize;
@@ -88,9 +92,11 @@ pub(super) fn rows<'x, E: Engine>(
             }
             for (p, &projection) in projections.iter().enumerate() {
                 let Some(lora) = layer.experts()[expert].get(projection) else { continue };
-                if Side::of(layer, expert, projection) == (Side { projection, once_a_token: false }) {
+                let ranks = if projection == Projection::Down { 0..lora.rank() } else { part.ranks(lora.rank()) };
+                let own = Side::of(layer, expert, projection) == Side { projection, once_a_token: false };
+                if own && !ranks.is_empty() {
                     apply(engine, lora.a(), &vectors[..piece.len()], |n, r: Range<usize>, sums| {
-                        let offset = (piece.start + n - first) * stride + p * max_rank;
+                        let offset = (piece.start + n - first) * stride + p * max_rank + ranks.start;
                         out[offset + r.start..offset + r.end].copy_from_slice(sums);
                     });
                 }

@@ -59,9 +59,8 @@ fn pack<T: Element>(weights: &AdapterWeights, shape: &ModelShape) -> Result<Adap
     // Every key is in `places`: both loops walk the same matrices.
     let matrix =
         |m: &Matrix| Matrix::new(buffer.clone(), T::DTYPE, places[&m.storage_key()], m.rows(), m.cols(), m.cols());
-    let lora = |lora: Option<&Lora>| {
-        lora.map(|lora| Lora::new(matrix(lora.a())?, matrix(lora.b())?, lora.scale())).transpose()
-    };
+    let lora =
+        |lora: Option<&Lora>| lora.map(|lora| lora.with_matrices(matrix(lora.a())?, matrix(lora.b())?)).transpose();
     let expert = |expert: &ExpertLora| -> Result<ExpertLora, InputError> {
         let [gate, up, down] = Projection::ALL.map(|p| lora(expert.get(p)));
         Ok(ExpertLora { gate: gate?, up: up?, down: down? })

@@ -2,7 +2,7 @@
 
 use crate::RouteError;
 use crate::error::check_len;
-use moe_lora_core::{InputError, RowMap, Segment};
+use moe_lora_core::{InputError, LayerShape, RowMap, Segment};
 use std::mem::swap;
 
 /// The most experts a layer can have, as in [`LayerShape`](moe_lora_core::LayerShape).
@@ -16,6 +16,10 @@ pub(super) const MOST_EXPERTS: usize = 1 << 20;
 #[derive(Debug, Clone)]
 pub struct Aligner {
     num_experts: usize,
+    /// The id of the first.
+    first_expert: usize,
+    /// Ids are below.
+    all_experts: usize,
     top_k: usize,
     /// The slot whose adapter a token uses in this layer, `[T]`.
     slots: Vec<i32>,
@@ -34,18 +38,26 @@ impl Aligner {
     pub fn new(num_experts: usize, top_k: usize) -> Self {
         let [slots, row_slot] = [const { Vec::new() }; 2];
         let [tokens, moved, next_row] = [const { Vec::new() }; 3];
-        Self { num_experts, top_k, slots, tokens, moved, next_row, row_slot }
+        let (first_expert, all_experts) = (0, num_experts);
+        Self { num_experts, first_expert, all_experts, top_k, slots, tokens, moved, next_row, row_slot }
+    }
+
+    /// An aligner for layers of a shape. The experts of a rank's part become 0 to E - 1; those of other ranks are dropped.
+    #[must_use]
+    pub fn of(shape: &LayerShape) -> Self {
+        let LayerShape { num_experts, top_k, first_expert, .. } = *shape;
+        Self { first_expert, all_experts: shape.all_experts(), ..Self::new(num_experts, top_k) }
     }
 
     /// Fills `map` for one batch of T tokens.
     ///
-    /// - `topk_ids` `[T, k]`: experts; -1 is dropped. A token may name an expert twice; both pairs get a row.
+    /// - `topk_ids` `[T, k]`: experts; -1 is dropped, as are other ranks' experts. A token may name an expert twice; both pairs get a row.
     /// - `topk_weights` `[T, k]`: carried to the rows as they are.
     /// - `token_slots` `[T]`: adapter slots, any number from 0 on, or -1 for the base model.
     /// - `has_lora(slot)`: whether the slot's adapter changes this layer. Tokens for which it does not are base tokens.
     ///
     /// # Errors
-    /// If lengths do not fit, an expert is outside `-1..E` (token and place are named), a slot is below -1, or the
+    /// If lengths do not fit, an id is neither -1 nor any rank's expert (token and place are named), a slot is below -1, or the
     /// batch has 2³¹ pairs or more. `map` is then as it was.
     pub fn align(
         &mut self,
@@ -72,7 +84,8 @@ impl Aligner {
             let token = token as usize;
             for pair in token * top_k..(token + 1) * top_k {
                 // -1 is no index, whatever the width of usize, as there are far fewer experts.
-                let Some(next_row) = self.next_row.get_mut(topk_ids[pair] as usize) else {
+                let Some(next_row) = self.next_row.get_mut((topk_ids[pair] as usize).wrapping_sub(self.first_expert))
+                else {
                     map.pair_row[pair] = -1;
                     continue;
                 };
@@ -99,8 +112,8 @@ impl Aligner {
     }
 
     fn check_sizes(&self, ids: usize, weights: usize, num_tokens: usize) -> Result<(), RouteError> {
-        if self.num_experts == 0 || self.num_experts > MOST_EXPERTS {
-            let found = self.num_experts.to_string();
+        if self.num_experts == 0 || self.all_experts > MOST_EXPERTS {
+            let found = self.all_experts.to_string();
             return Err(InputError::new(found, format!("1 to {MOST_EXPERTS}")).in_tensor("num_experts").into());
         }
         if self.top_k == 0 {
@@ -128,13 +141,13 @@ impl Aligner {
         self.next_row.clear();
         self.next_row.resize(self.num_experts, 0);
         for (pair, &id) in topk_ids.iter().enumerate() {
-            match self.next_row.get_mut(id as usize) {
+            match self.next_row.get_mut((id as usize).wrapping_sub(self.first_expert)) {
                 Some(count) => *count += 1,
-                None if id == -1 => {}
+                None if id == -1 || usize::try_from(id).is_ok_and(|id| id < self.all_experts) => {}
                 None => {
                     let (token, place) = (pair / self.top_k, pair % self.top_k);
                     let found = format!("expert {id} for token {token} at place {place}");
-                    let want = format!("-1 to {}", self.num_experts - 1);
+                    let want = format!("-1 to {}", self.all_experts - 1);
                     return Err(InputError::new(found, want).in_tensor("topk_ids").into());
                 }
             }

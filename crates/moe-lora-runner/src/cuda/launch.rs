@@ -6,11 +6,11 @@ use super::prefill;
 use super::raw::{DTYPE_F16, DTYPE_F32, ForwardArgs, check_sizes};
 use super::workspace::Workspace;
 use crate::RunnerError;
-use moe_lora_core::{InputError, LayerShape};
+use moe_lora_core::{AdapterPart, InputError, LayerShape};
 use moe_lora_cuda::{Gpu, GpuError, Stream, prefill_down, prefill_gate_up};
 use moe_lora_kernels::{
     AlignParams, ClusterAlignParams, CombineParams, DownParams, Format, GateUpParams, KernelParams, Launch,
-    PrefillGateUpParams, PrefillShrinkParams, RouteCounts, ShrinkParams,
+    PrefillGateUpParams, PrefillShrinkParams, RouteCounts, ShrinkParams, SplitParams,
 };
 
 /// Bytes of workspace that suffice for every [`forward`] on `gpu` of a layer of these sizes with up to `max_tokens` tokens
@@ -56,20 +56,32 @@ pub unsafe fn forward(gpu: &Gpu, args: &ForwardArgs) -> Result<(), RunnerError> 
 /// # Safety
 /// As [`forward`].
 pub unsafe fn forward_on(gpu: &Gpu, args: &ForwardArgs, path: Option<Path>) -> Result<(), RunnerError> {
-    let shape = args.check()?;
-    let (tokens, slots) = (args.num_tokens as usize, args.num_slots as usize);
-    let max_rank = (args.max_rank as usize).next_multiple_of(8);
-    let workspace = Workspace::new(&shape, gpu.info().sm_count, tokens, slots, max_rank);
-    if tokens > 0 && (workspace.bytes as u64) > args.workspace_bytes {
-        let expected = format!("at least {} for {tokens} tokens and {slots} slots", workspace.bytes);
-        return Err(InputError::new(args.workspace_bytes.to_string(), expected).in_tensor("workspace_bytes").into());
+    if args.adapter_parts > 1 {
+        let expected = "at most 1; `forward_exchanging` takes parts";
+        return Err(InputError::new(args.adapter_parts.to_string(), expected).in_tensor("adapter_parts").into());
     }
-    // SAFETY: the caller's promise; the borrowed handle is dropped before this returns.
-    let stream = unsafe { gpu.borrow_stream(args.stream as usize as _) };
-    let format = format(args);
-    let kernels = Kernels::of(gpu, format, args, path)?;
-    let call = Call { gpu, stream, args, workspace, max_rank: max_rank as u32, format, kernels };
-    Ok(call.launch()?)
+    // SAFETY: the caller's promise.
+    unsafe { Call::new(gpu, args, path) }?.launch(&mut |_, _| Ok(()))
+}
+
+/// [`forward`] of a rank with parts of fully sharded adapters, in nine launches and with two exchanges. `exchange(offset, count)`
+/// is called twice, if there are tokens: it has to give `args.stream` what replaces `count` f32 values, from byte `offset` of the
+/// workspace on, by their sums over the ranks of the tensor-parallel group. `count` is 0 for no slots. Where adapters are whole
+/// it is not called.
+///
+/// # Errors
+/// As [`forward`], and those of `exchange`.
+///
+/// # Safety
+/// As [`forward`]; and in the table A of gate and up holds the ranks, and B of down the rows, of
+/// [`AdapterPart`]`::new(args.adapter_part, args.adapter_parts)`, A without padding.
+pub unsafe fn forward_exchanging<E: From<RunnerError>>(
+    gpu: &Gpu,
+    args: &ForwardArgs,
+    mut exchange: impl FnMut(usize, usize) -> Result<(), E>,
+) -> Result<(), E> {
+    // SAFETY: the caller's promise.
+    unsafe { Call::new(gpu, args, None) }?.launch(&mut exchange)
 }
 
 /// The path that [`forward_on`] takes: for `None` the one that was seen to be fastest for such sizes on such a GPU.
@@ -95,49 +107,112 @@ pub(super) struct Call<'a> {
     max_rank: u32,
     pub(super) format: Format,
     kernels: Kernels,
+    /// Of fully sharded adapters.
+    part: AdapterPart,
 }
 
-impl Call<'_> {
+impl<'a> Call<'a> {
+    /// Checks what a host can check.
+    ///
+    /// # Safety
+    /// As [`forward_exchanging`].
+    unsafe fn new(gpu: &'a Gpu, args: &'a ForwardArgs, path: Option<Path>) -> Result<Self, RunnerError> {
+        let shape = args.check()?;
+        let (tokens, slots) = (args.num_tokens as usize, args.num_slots as usize);
+        let max_rank = (args.max_rank as usize).next_multiple_of(8);
+        let workspace = Workspace::new(&shape, gpu.info().sm_count, tokens, slots, max_rank);
+        if tokens > 0 && (workspace.bytes as u64) > args.workspace_bytes {
+            let expected = format!("at least {} for {tokens} tokens and {slots} slots", workspace.bytes);
+            return Err(InputError::new(args.workspace_bytes.to_string(), expected)
+                .in_tensor("workspace_bytes")
+                .into());
+        }
+        // SAFETY: the caller's promise; the borrowed handle is dropped before the caller's function returns.
+        let stream = unsafe { gpu.borrow_stream(args.stream as usize as _) };
+        let format = format(args);
+        let kernels = Kernels::of(gpu, format, args, path)?;
+        Ok(Self { gpu, stream, args, workspace, max_rank: max_rank as u32, format, kernels, part: shape.adapter_part })
+    }
+
     /// The kernels, in order.
-    fn launch(&self) -> Result<(), GpuError> {
+    fn launch<E: From<RunnerError>>(&self, exchange: &mut dyn FnMut(usize, usize) -> Result<(), E>) -> Result<(), E> {
+        let given = |launched: Result<(), GpuError>| launched.map_err(|error| E::from(error.into()));
         if self.args.num_tokens == 0 {
-            return match self.args.counts {
+            return given(match self.args.counts {
                 0 => Ok(()),
                 counts => self.zero(counts, size_of::<RouteCounts>()),
-            };
+            });
         }
         if let Kernels::Layer(plan) = &self.kernels {
-            return self.launch_layer(plan);
+            return given(self.launch_layer(plan));
         }
         if let Kernels::Decode(plan) = &self.kernels {
-            return self.launch_decode(plan);
+            return given(self.launch_decode(plan));
         }
-        let prefill = self.prefill();
+        given(self.launch_to_gate_up())?;
+        if !self.part.is_whole() {
+            exchange(self.workspace.shrunk, self.shrunk_count(2))?;
+        }
+        given(self.launch_to_down())?;
+        if !self.part.is_whole() {
+            exchange(self.workspace.shrunk, self.shrunk_count(1))?;
+        }
+        given(self.launch_rest())
+    }
+
+    const fn lora(&self) -> bool {
+        self.args.num_slots > 0
+    }
+
+    /// Values of S.
+    fn shrunk_count(&self, projections: usize) -> usize {
+        if self.lora() { self.workspace.bounds.pairs as usize * projections * self.max_rank as usize } else { 0 }
+    }
+
+    /// Align, and shrink for gate and up.
+    fn launch_to_gate_up(&self) -> Result<(), GpuError> {
         let (sm_count, bounds) = (self.gpu.info().sm_count, &self.workspace.bounds);
-        let lora = self.args.num_slots > 0;
         self.launch_align()?;
-        if lora {
+        if self.lora() {
+            if !self.part.is_whole() {
+                // What other parts have of A, they will add.
+                self.zero(self.at(self.workspace.shrunk), self.shrunk_count(2) * size_of::<f32>())?;
+            }
             let shrink = self.shrink_gate_up();
-            if prefill && prefill::many_pairs(bounds.pairs) {
+            if self.prefill() && prefill::many_pairs(bounds.pairs) {
                 let shrink = PrefillShrinkParams::new(&shrink, self.at(self.workspace.segments));
                 self.give(&shrink, shrink.launch(sm_count))?;
             } else {
                 self.give(&shrink, shrink.launch(bounds, sm_count))?;
             }
         }
+        Ok(())
+    }
+
+    /// Gate and up, and shrink for down.
+    fn launch_to_down(&self) -> Result<(), GpuError> {
+        let (sm_count, bounds) = (self.gpu.info().sm_count, &self.workspace.bounds);
+        self.split(2)?;
         let gate_up = self.gate_up();
-        if prefill {
+        if self.prefill() {
             let gate_up = prefill_gate_up(self.format, gate_up)?;
             self.give(&gate_up, gate_up.launch(sm_count))?;
         } else {
             self.give(&gate_up, gate_up.launch(bounds, sm_count))?;
         }
-        if lora {
+        if self.lora() {
             let shrink = self.shrink_down();
             self.give(&shrink, shrink.launch(bounds, sm_count))?;
         }
+        Ok(())
+    }
+
+    /// Down and the sum.
+    fn launch_rest(&self) -> Result<(), GpuError> {
+        let (sm_count, bounds) = (self.gpu.info().sm_count, &self.workspace.bounds);
+        self.split(1)?;
         let down = self.down();
-        if prefill {
+        if self.prefill() {
             let down = prefill_down(self.format, down)?;
             self.give(&down, down.launch(sm_count))?;
         } else {
@@ -145,6 +220,25 @@ impl Call<'_> {
         }
         let combine = self.combine();
         self.give(&combine, combine.launch())
+    }
+
+    /// Makes S of all parts what the products read.
+    fn split(&self, projections: u32) -> Result<(), GpuError> {
+        if self.part.is_whole() || !self.lora() {
+            return Ok(());
+        }
+        let split = SplitParams {
+            counts: self.counts(),
+            shrunk: self.at(self.workspace.shrunk),
+            stride: projections * self.max_rank,
+            octets: u32::from(self.prefill()),
+        };
+        self.give(&split, split.launch(&self.workspace.bounds, self.gpu.info().sm_count))
+    }
+
+    /// Numbers from row to row of the down projection's S: what is exchanged has no gaps.
+    const fn down_stride(&self) -> u32 {
+        if self.part.is_whole() { 2 * self.max_rank } else { self.max_rank }
     }
 
     /// By one cluster on Hopper, if the batch fits into its shared memory, else by as many blocks as it needs.
@@ -218,6 +312,8 @@ impl Call<'_> {
             num_experts: args.num_experts,
             num_slots: args.num_slots,
             tile_rows: if self.prefill() { PrefillGateUpParams::TILE_ROWS } else { 0 },
+            first_expert: args.first_expert,
+            all_experts: args.all_experts,
             reserved: 0,
         }
     }
@@ -244,6 +340,8 @@ impl Call<'_> {
             width: self.args.hidden_size,
             first_projection: 0,
             num_projections: 2,
+            part: self.part.index() as u32,
+            parts: if self.part.is_whole() { 0 } else { self.part.of() as u32 },
             ..self.shrink()
         }
     }
@@ -254,6 +352,9 @@ impl Call<'_> {
             width: self.args.intermediate_size,
             first_projection: 2,
             num_projections: 1,
+            shrunk_stride: self.down_stride(),
+            // Every rank has all ranks of A, for a part of I.
+            parts: u32::from(!self.part.is_whole()),
             ..self.shrink()
         }
     }
@@ -292,6 +393,7 @@ impl Call<'_> {
 
     pub(super) fn down(&self) -> DownParams {
         let (args, places) = (self.args, &self.workspace);
+        let b = self.part.hidden(args.hidden_size as usize);
         DownParams {
             intermediate: self.at(places.intermediate),
             down: args.down,
@@ -307,8 +409,10 @@ impl Call<'_> {
             num_experts: args.num_experts,
             hidden_size: args.hidden_size,
             intermediate_size: args.intermediate_size,
-            shrunk_stride: 2 * self.max_rank,
+            shrunk_stride: self.down_stride(),
             rows_f32: u32::from(self.rows_f32()),
+            first_b: b.start as u32,
+            num_b: b.len() as u32,
         }
     }
 

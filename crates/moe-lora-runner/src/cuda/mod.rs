@@ -13,5 +13,5 @@ mod weights;
 mod workspace;
 
 pub use graph::CapturedForward;
-pub use runner::CudaRunner;
+pub use runner::{CudaRunner, Sum, Sums};
 pub use weights::CudaWeights;

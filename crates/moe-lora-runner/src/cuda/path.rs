@@ -43,9 +43,12 @@ impl fmt::Display for Path {
 impl Kernels {
     /// The kernels of `path`, or those that are fastest: a function of sizes, layout and GPU, never of routing or adapters.
     pub(super) fn of(gpu: &Gpu, format: Format, args: &ForwardArgs, path: Option<Path>) -> Result<Self, InputError> {
-        let layer = || decode_layer::plan(gpu, format, args);
-        let decode = || decode::plan(gpu, format, args);
-        let prefill = prefill::fits(gpu, format, args);
+        // Parts of fully sharded adapters have the launches of every GPU alone, and one launch for all knows no other ranks' experts.
+        let whole = args.adapter_parts <= 1;
+        let all_here = args.first_expert == 0 && args.all_experts <= args.num_experts;
+        let layer = || decode_layer::plan(gpu, format, args).filter(|_| whole && all_here);
+        let decode = || decode::plan(gpu, format, args).filter(|_| whole);
+        let prefill = whole && prefill::fits(gpu, format, args);
         let chosen = match path {
             None => {
                 let few = decode_layer::few_ranks(args).then(layer).flatten().map(Self::Layer);

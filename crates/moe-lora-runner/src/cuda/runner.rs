@@ -3,6 +3,7 @@
 use super::raw::{self, DTYPE_F32, ForwardArgs};
 use super::slices::{BatchSlices, CudaStream, CudaViewMut, Uses, check_formats};
 use super::weights::CudaWeights;
+use crate::batch::check_whole;
 use crate::{Batch, Limits, RunnerError};
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
@@ -66,6 +67,12 @@ impl CudaRunner {
         &self.shape
     }
 
+    /// What it takes at once.
+    #[must_use]
+    pub const fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
     /// The GPU.
     #[must_use]
     pub const fn gpu(&self) -> &Gpu {
@@ -83,30 +90,19 @@ impl CudaRunner {
         batch: &Batch<'_, X, &DeviceTable<'_>>,
         out: &mut [Y],
     ) -> Result<(), RunnerError> {
-        self.forward_with(weights, batch, None, out)
+        check_whole(&self.shape)?;
+        self.forward_together(weights, batch, Sums { adapters: None, out: None }, out)
     }
 
-    /// [`forward`](Self::forward) of one of several ranks: `reduce` is given every piece of the output while it is still in
-    /// GPU memory, as f32, and adds an all-reduce of it to the runner's stream. It gets the buffer, the first value's byte and
-    /// the number of values.
+    /// [`forward`](Self::forward) of one of several ranks, which add up what [`Sums`] says.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward), and those of `reduce`.
-    pub fn forward_reduced<X: Element, Y: Element, E: From<RunnerError>>(
+    /// As [`forward`](Self::forward), and those of the sums.
+    pub fn forward_together<X: Element, Y: Element, E: From<RunnerError>>(
         &mut self,
         weights: &CudaWeights,
         batch: &Batch<'_, X, &DeviceTable<'_>>,
-        mut reduce: impl FnMut(&Stream, &DeviceBuffer, usize, usize) -> Result<(), E>,
-        out: &mut [Y],
-    ) -> Result<(), E> {
-        self.forward_with(weights, batch, Some(&mut reduce), out)
-    }
-
-    fn forward_with<X: Element, Y: Element, E: From<RunnerError>>(
-        &mut self,
-        weights: &CudaWeights,
-        batch: &Batch<'_, X, &DeviceTable<'_>>,
-        mut reduce: Option<Reduce<'_, E>>,
+        mut sums: Sums<'_, E>,
         out: &mut [Y],
     ) -> Result<(), E> {
         batch.check(&self.shape, weights.shape(), out.len()).map_err(RunnerError::from)?;
@@ -120,15 +116,20 @@ impl CudaRunner {
         let routing = batch.topk_ids.chunks(piece * top_k).zip(batch.topk_weights.chunks(piece * top_k));
         for ((token_slots, (hidden, out)), (topk_ids, topk_weights)) in tokens.zip(hidden).zip(routing) {
             let piece = Batch { hidden, topk_ids, topk_weights, token_slots, adapters: batch.adapters };
-            let out_f32 = reduce.is_some() || Y::DTYPE != weights.dtype();
-            let place = self.launch(weights, &piece, out_f32)?;
-            if let Some(reduce) = &mut reduce
-                && let Err(error) = reduce(&self.stream, &self.tensors, place, out.len())
-            {
-                // The layer still reads what the caller lends.
-                let _ = self.stream.synchronize();
-                return Err(error);
-            }
+            let out_f32 = sums.out.is_some() || Y::DTYPE != weights.dtype();
+            let launched = self.launch(weights, &piece, out_f32, &mut sums.adapters);
+            let launched = launched.and_then(|place| match &mut sums.out {
+                Some(sum) => sum(&self.stream, &self.tensors, place, out.len()).map(|()| place),
+                None => Ok(place),
+            });
+            let place = match launched {
+                Ok(place) => place,
+                Err(error) => {
+                    // The layer still reads what the caller lends.
+                    let _ = self.stream.synchronize();
+                    return Err(error);
+                }
+            };
             self.download(place, out_f32, out).map_err(RunnerError::from)?;
             // The stream was waited for, and had waited for whoever came before.
             self.last = None;
@@ -239,20 +240,22 @@ impl CudaRunner {
     }
 
     /// Copies a piece's inputs to the GPU and gives the layer to the stream; returns where in `tensors` the output will be.
-    fn launch<X: Element>(
+    fn launch<X: Element, E: From<RunnerError>>(
         &mut self,
         weights: &CudaWeights,
         batch: &Batch<'_, X, &DeviceTable<'_>>,
         out_f32: bool,
-    ) -> Result<usize, RunnerError> {
+        exchange: &mut Option<Sum<'_, E>>,
+    ) -> Result<usize, E> {
         let tokens = Tensors::new(batch.token_slots.len(), self.shape.top_k, self.shape.hidden_size);
         let inputs = &mut self.inputs.as_mut_slice()[..tokens.inputs];
         write_hidden(&mut inputs[tokens.hidden..], batch.hidden, weights.dtype());
         put(&mut inputs[tokens.topk_ids..], batch.topk_ids);
         put(&mut inputs[tokens.topk_weights..], batch.topk_weights);
         put(&mut inputs[tokens.token_slots..], batch.token_slots);
-        self.stream.upload(&self.tensors, 0, inputs)?;
+        self.stream.upload(&self.tensors, 0, inputs).map_err(RunnerError::from)?;
 
+        let changes = changes(batch.token_slots, batch.adapters).map_err(RunnerError::from)?;
         let at = |offset: usize| self.tensors.address() + offset as u64;
         let args = ForwardArgs {
             stream: self.stream.handle(),
@@ -262,7 +265,7 @@ impl CudaRunner {
             token_slots: at(tokens.token_slots),
             out: at(tokens.out),
             num_tokens: batch.token_slots.len() as u32,
-            num_slots: if changes(batch.token_slots, batch.adapters)? { batch.adapters.address().slots } else { 0 },
+            num_slots: if changes { batch.adapters.address().slots } else { 0 },
             out_dtype: if out_f32 { DTYPE_F32 } else { ForwardArgs::dtype_code(weights.dtype()) },
             ..self.args(weights, batch.adapters)
         };
@@ -271,7 +274,10 @@ impl CudaRunner {
         // weights and adapters to have. Ids were checked by `check_ids`, slots by `changes`; the stream has waited for what
         // these slots of the table say, and `forward_with`, which borrows weights and lease, waits for it.
         unsafe {
-            raw::forward(&self.gpu, &args)?;
+            raw::forward_exchanging(&self.gpu, &args, |offset, count| match exchange {
+                Some(sum) => sum(&self.stream, &self.workspace, offset, count),
+                None => Ok(()),
+            })?;
         }
         Ok(tokens.out)
     }
@@ -307,8 +313,18 @@ impl CudaRunner {
     }
 }
 
-/// Adds an all-reduce to a stream: of how many f32 values, from which byte of the buffer on.
-type Reduce<'a, E> = &'a mut dyn FnMut(&Stream, &DeviceBuffer, usize, usize) -> Result<(), E>;
+/// Gives a stream what replaces f32 values by their sums over ranks: from which byte of the buffer on, and how many.
+pub type Sum<'a, E> = &'a mut dyn FnMut(&Stream, &DeviceBuffer, usize, usize) -> Result<(), E>;
+
+/// What ranks add up in a forward, for every piece of up to [`max_tokens`](Limits::max_tokens) tokens.
+#[allow(missing_debug_implementations, reason = "holds closures")]
+pub struct Sums<'a, E> {
+    /// What lies between A and B of fully sharded adapters, over the ranks of the tensor-parallel group: called twice, also for
+    /// no values. Not called where adapters are whole.
+    pub adapters: Option<Sum<'a, E>>,
+    /// The output, as f32, over all ranks: called once, before the output is read. `None`: the output is this rank's part.
+    pub out: Option<Sum<'a, E>>,
+}
 
 /// Places of a batch's tensors in one allocation, inputs first.
 struct Tensors {
@@ -360,7 +376,7 @@ pub(super) fn check_format<X: Element, Y: Element>(weights: &CudaWeights) -> Res
 
 /// What the processor's align refuses too: the kernels would skip it and count.
 fn check_ids<X, A>(batch: &Batch<'_, X, A>, shape: &LayerShape) -> Result<(), InputError> {
-    let (experts, top_k) = (shape.num_experts, shape.top_k);
+    let (experts, top_k) = (shape.all_experts(), shape.top_k);
     let bad = |id: i32| id < -1 || usize::try_from(id).is_ok_and(|id| id >= experts);
     if let Some((pair, id)) = batch.topk_ids.iter().enumerate().find(|(_, id)| bad(**id)) {
         let found = format!("expert {id} for token {} at place {}", pair / top_k, pair % top_k);

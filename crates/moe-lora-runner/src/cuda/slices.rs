@@ -44,7 +44,7 @@ pub struct LayerSlices<'a, X> {
 pub struct BatchSlices<'a, X> {
     /// `[T, H]`.
     pub hidden: CudaView<'a, X>,
-    /// `[T, k]`: experts; -1 is skipped, as is any id that is no expert.
+    /// `[T, k]`: experts of all ranks; those of other ranks are skipped, as is -1 and any id that is no expert.
     pub topk_ids: CudaView<'a, i32>,
     /// `[T, k]`, used as they are.
     pub topk_weights: CudaView<'a, f32>,
@@ -122,7 +122,7 @@ pub fn forward<X: Element, Y: Element>(
 impl<X: Element> LayerSlices<'_, X> {
     /// All that is no address.
     fn settings(&self) -> ForwardArgs {
-        let LayerShape { num_experts, top_k, hidden_size, intermediate_size, .. } = self.shape;
+        let LayerShape { num_experts, top_k, hidden_size, intermediate_size, first_expert, .. } = self.shape;
         ForwardArgs {
             num_experts: num_experts as u32,
             top_k: top_k as u32,
@@ -131,6 +131,10 @@ impl<X: Element> LayerSlices<'_, X> {
             dtype: ForwardArgs::dtype_code(X::DTYPE),
             weigh_input: u32::from(self.router_weight == RouterWeightPlacement::Input),
             scaling: self.routed_scaling_factor,
+            first_expert: first_expert as u32,
+            all_experts: self.shape.all_experts() as u32,
+            adapter_part: self.shape.adapter_part.index() as u32,
+            adapter_parts: self.shape.adapter_part.of() as u32,
             ..Default::default()
         }
         .with_activation(self.activation)

@@ -86,7 +86,7 @@ impl CudaWeights {
     /// long as `self`.
     #[must_use]
     pub fn args(&self) -> ForwardArgs {
-        let LayerShape { num_experts, top_k, hidden_size, intermediate_size, .. } = self.shape;
+        let LayerShape { num_experts, top_k, hidden_size, intermediate_size, first_expert, .. } = self.shape;
         let [gate_bias, up_bias, down_bias] =
             self.bias.as_ref().map_or([0; 3], |b| [b[0].address(), b[1].address(), b[2].address()]);
         let dtype = ForwardArgs::dtype_code(self.dtype);
@@ -102,6 +102,10 @@ impl CudaWeights {
             out_dtype: dtype,
             weigh_input: u32::from(self.router_weight == RouterWeightPlacement::Input),
             scaling: self.routed_scaling_factor,
+            first_expert: first_expert as u32,
+            all_experts: self.shape.all_experts() as u32,
+            adapter_part: self.shape.adapter_part.index() as u32,
+            adapter_parts: self.shape.adapter_part.of() as u32,
             ..Default::default()
         }
         .with_w13(self.w13.address(), false)

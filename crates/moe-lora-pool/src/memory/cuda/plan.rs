@@ -46,6 +46,8 @@ pub(super) struct PlannedLora {
 pub(super) enum Side {
     /// `[rank, in]`, rows of zeros below.
     A,
+    /// Some rows of such a matrix, without zeros: a rank's part of fully sharded adapters.
+    PartOfA,
     /// `[out, rank]`, columns of zeros at the right.
     B,
 }
@@ -77,8 +79,9 @@ impl Plan {
         let mut first = 0;
         for (index, loras) in adapter {
             let mut entry = |(a, b, scale)| {
-                let [rank, _] = known(a).1;
-                PlannedLora { a: piece(Side::A, a), b: piece(Side::B, b), rank, scale }
+                let ([rows, _], [_, rank]) = (known(a).1, known(b).1);
+                let side = if rows == rank { Side::A } else { Side::PartOfA };
+                PlannedLora { a: piece(side, a), b: piece(Side::B, b), rank, scale }
             };
             let entries: Vec<_> = loras.into_iter().map(|lora| lora.map(&mut entry)).collect();
             let end = entries.iter().flatten().map(|lora| lora.a.max(lora.b) + 1).fold(first, usize::max);
@@ -100,6 +103,7 @@ impl Side {
     pub(super) fn bytes(self, [rows, cols]: [usize; 2]) -> usize {
         let numbers = match self {
             Self::A => rows.next_multiple_of(STEP) * cols,
+            Self::PartOfA => rows * cols,
             Self::B => rows * self.stride(cols),
         };
         (2 * numbers).next_multiple_of(GRAIN)
@@ -108,7 +112,7 @@ impl Side {
     /// Numbers from row to row of the padded matrix.
     pub(super) const fn stride(self, cols: usize) -> usize {
         match self {
-            Self::A => cols,
+            Self::A | Self::PartOfA => cols,
             Self::B => cols.next_multiple_of(STEP),
         }
     }

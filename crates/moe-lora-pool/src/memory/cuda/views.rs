@@ -6,7 +6,7 @@ mod tests;
 
 use super::plan::{Plan, Side};
 use crate::PoolConfig;
-use moe_lora_core::{DType, InputError, ModelShape, Projection};
+use moe_lora_core::{DType, InputError, LayerShape, ModelShape, Projection};
 use moe_lora_cuda::{Gpu, Stream};
 use std::collections::BTreeMap;
 
@@ -26,9 +26,9 @@ pub struct DeviceMatrix {
 /// The change of one matrix, `W + scale * B A`, in GPU memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DeviceLora {
-    /// `[rank, in]`.
+    /// `[rank, in]`, or a part of these rows in a pool of fully sharded adapters.
     pub a: DeviceMatrix,
-    /// `[out, rank]`.
+    /// `[out, rank]`, likewise.
     pub b: DeviceMatrix,
     /// `lora_alpha / rank` (or over its root with rsLoRA), not yet in either matrix.
     pub scale: f32,
@@ -65,7 +65,7 @@ impl DeviceWeights {
     /// The largest rank anywhere.
     #[must_use]
     pub fn max_rank(&self) -> usize {
-        self.loras().map(|(.., lora)| lora.a.rows).max().unwrap_or(0)
+        self.loras().map(|(.., lora)| lora.b.cols).max().unwrap_or(0)
     }
 
     /// Layer, expert, projection and change.
@@ -103,8 +103,7 @@ impl DeviceWeights {
             }
         }
         for (n, e, projection, lora) in self.loras() {
-            let [out, input] = projection.base_shape(&shape.layer);
-            lora.check(dtype, out, input, config.max_rank)
+            lora.check(dtype, projection, &shape.layer, config.max_rank)
                 .map_err(|error| error.in_tensor(format!("layer {n} expert {e} {projection}")))?;
         }
         Ok(())
@@ -112,10 +111,16 @@ impl DeviceWeights {
 }
 
 impl DeviceLora {
-    fn check(&self, dtype: DType, out: usize, input: usize, max_rank: usize) -> Result<(), InputError> {
+    fn check(
+        &self,
+        dtype: DType,
+        projection: Projection,
+        shape: &LayerShape,
+        max_rank: usize,
+    ) -> Result<(), InputError> {
         let Self { a, b, scale } = self;
-        let rank = a.rows;
-        if [a.cols, b.rows, b.cols] != [input, out, rank] {
+        let ([out, input], rank) = (projection.lora_shape(shape), b.cols);
+        if [a.rows, a.cols, b.rows] != [projection.a_rows(shape, rank), input, out] {
             let found = format!("A {:?}, B {:?}", [a.rows, a.cols], [b.rows, b.cols]);
             return Err(InputError::new(found, format!("A [rank, {input}], B [{out}, rank]")));
         }

@@ -31,7 +31,7 @@ pub struct ForwardArgs {
     pub stream: u64,
     /// `[T, H]`.
     pub hidden: u64,
-    /// i32 `[T, k]`: experts, -1 for one that is elsewhere. Other ids are skipped and counted.
+    /// i32 `[T, k]`: experts, -1 for one that is elsewhere, as are ids of other ranks' experts. Others are skipped and counted.
     pub topk_ids: u64,
     /// f32 `[T, k]`, used as they are.
     pub topk_weights: u64,
@@ -97,9 +97,17 @@ pub struct ForwardArgs {
     pub limit: f32,
     /// Factor of the output.
     pub scaling: f32,
+    /// Under expert parallelism the id of this rank's first expert, else 0.
+    pub first_expert: u32,
+    /// Under expert parallelism the experts of all ranks: ids below this that are not this rank's are skipped, not counted. Else 0.
+    pub all_experts: u32,
+    /// Of fully sharded adapters the part that is here: some ranks of gate and up A, some rows of down B.
+    pub adapter_part: u32,
+    /// How many parts there are; 0 and 1: adapters are whole.
+    pub adapter_parts: u32,
 }
 
-const _: () = assert!(size_of::<ForwardArgs>() == 19 * 8 + 16 * 4);
+const _: () = assert!(size_of::<ForwardArgs>() == 19 * 8 + 20 * 4);
 
 impl ForwardArgs {
     /// Sets gate, up and their strides to a tensor `w13 [E, 2I, H]` that has all gate rows of an expert before its up rows

@@ -1,7 +1,7 @@
 //! What a host can check of a forward before it reaches the GPU: sizes, strides, alignment, overlap, absence.
 
 use super::{ACTIVATION_CLAMPED_SWIGLU, DTYPE_F16, DTYPE_F32, ForwardArgs};
-use moe_lora_core::{InputError, LayerShape};
+use moe_lora_core::{AdapterPart, InputError, LayerShape};
 use moe_lora_kernels::{AdapterEntry, RouteCounts};
 use moe_lora_pool::CudaMemory;
 
@@ -27,7 +27,9 @@ impl ForwardArgs {
     /// The layer's sizes, if everything about this forward is as it has to be; the workspace's size is not looked at.
     pub(in crate::cuda) fn check(&self) -> Result<LayerShape, InputError> {
         let sizes = [self.num_experts, self.top_k, self.hidden_size, self.intermediate_size].map(|n| n as usize);
-        let shape = LayerShape::of_rank(sizes[0], sizes[1], sizes[2], sizes[3])?;
+        let mut shape = LayerShape::of_rank(sizes[0], sizes[1], sizes[2], sizes[3])?;
+        shape.adapter_part = AdapterPart::new(self.adapter_part as usize, self.adapter_parts.max(1) as usize)
+            .map_err(|error| error.in_tensor("adapter_part"))?;
         check_sizes(&shape, self.num_tokens as usize, self.max_rank as usize)?;
         self.check_settings()?;
         if self.num_tokens > 0 {
@@ -60,6 +62,11 @@ impl ForwardArgs {
         }
         if self.num_slots > 0 && self.max_rank == 0 {
             return wrong("max_rank", format!("0 for {} slots", self.num_slots), "at least 1");
+        }
+        let (first, all) = (self.first_expert, self.all_experts);
+        if (first, all) != (0, 0) && first.checked_add(self.num_experts).is_none_or(|end| end > all) {
+            let found = format!("{all} with {} from {first} on", self.num_experts);
+            return wrong("all_experts", found, "0, or room for these");
         }
         if i32::try_from(self.num_slots).is_err() {
             return wrong("num_slots", self.num_slots.to_string(), "fewer than 2^31");

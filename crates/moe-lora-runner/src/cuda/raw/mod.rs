@@ -12,7 +12,7 @@ mod args;
 mod check;
 mod entries;
 
-pub use super::launch::{forward, forward_on, path, workspace_bytes};
+pub use super::launch::{forward, forward_exchanging, forward_on, path, workspace_bytes};
 pub use super::path::Path;
 pub use args::{
     ACTIVATION_CLAMPED_SWIGLU, ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_SILU, DTYPE_BF16, DTYPE_F16,
