@@ -179,7 +179,7 @@ impl<'a> Call<'a> {
                 self.zero(self.at(self.workspace.shrunk), self.shrunk_count(2) * size_of::<f32>())?;
             }
             let shrink = self.shrink_gate_up();
-            if self.prefill() && prefill::many_pairs(bounds.pairs) {
+            if self.prefill() && prefill::long_segments(self.args) {
                 let shrink = PrefillShrinkParams::new(&shrink, self.at(self.workspace.segments));
                 self.give(&shrink, shrink.launch(sm_count))?;
             } else {

@@ -15,8 +15,10 @@ const fn least_rows(max_rank: u32) -> u64 {
 
 /// Rows times numbers of an expert matrix: the smallest batch measured has twice this. Less is done in microseconds either way.
 const LEAST_WORK: u64 = 1 << 30;
-/// (token, expert) pairs from which the shrink of Hopper is faster for gate and up, whose rows are gathered.
+/// (token, expert) pairs from which the shrink of Hopper is faster for gate and up, whose rows are gathered, and what an expert and
+/// slot must have of them when all slots are in use: with fewer, the shrink by chunks reads as little and is up to 19 % faster.
 const LEAST_PAIRS: u64 = 1 << 14;
+const LEAST_SEGMENT: u64 = 64;
 
 /// Whether these products can run the batch: a function of activation, layout and GPU.
 pub(super) fn fits(gpu: &Gpu, format: Format, args: &ForwardArgs) -> bool {
@@ -24,8 +26,10 @@ pub(super) fn fits(gpu: &Gpu, format: Format, args: &ForwardArgs) -> bool {
 }
 
 /// Whether such a batch shrinks for gate and up by segments, one block an SM, and not by chunks.
-pub(super) const fn many_pairs(pairs: u64) -> bool {
-    pairs >= LEAST_PAIRS
+pub(super) fn long_segments(args: &ForwardArgs) -> bool {
+    let pairs = u64::from(args.num_tokens) * u64::from(args.top_k);
+    let segments = u64::from(args.num_experts) * u64::from(args.num_slots);
+    pairs >= LEAST_PAIRS && pairs >= segments.saturating_mul(LEAST_SEGMENT)
 }
 
 /// What they can compute: the activations they know, and up behind gate, as one tensor map reaches both.
@@ -59,6 +63,16 @@ mod tests {
         assert!(many(u32::MAX, 0, [1024, 8, u32::MAX, u32::MAX]) && !many(0, 0, [1, 8, u32::MAX, u32::MAX]));
         // Small layers stay where they are.
         assert!(!many(1024, 0, [8, 2, 512, 512]) && many(4096, 0, [2, 1, 512, 512]));
+    }
+
+    #[test]
+    fn long_segments_are_shrunk_whole() {
+        // Qwen3-30B with 1, 8 and 64 slots.
+        for (num_slots, least) in [(1, 2048), (8, 8192), (64, 65536)] {
+            let args =
+                |num_tokens| ForwardArgs { num_tokens, top_k: 8, num_experts: 128, num_slots, ..Default::default() };
+            assert!(!long_segments(&args(least - 1)) && long_segments(&args(least)), "{num_slots}");
+        }
     }
 
     #[test]
