@@ -7,7 +7,8 @@ use moe_lora_core::InputError;
 pub struct PoolConfig {
     /// Budget in bytes for the numbers of all adapters, also of unloaded ones that a batch still uses. Default: 4 GiB.
     pub bytes: usize,
-    /// The largest rank that an adapter may have anywhere. Default: 512.
+    /// The largest rank that an adapter may have anywhere. Default: 512. On a GPU a limit of 64, better 32 or 16, lets batches of
+    /// few tokens take faster kernels: which ones run depends on this limit, not on the adapters that are there.
     pub max_rank: usize,
     /// Adapters at a time; one more evicts another. It costs nothing until they are there. Default: 256.
     pub max_adapters: usize,

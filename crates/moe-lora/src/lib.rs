@@ -10,7 +10,8 @@
 //!
 //! let device = Device::best();
 //! let model = Checkpoint::open("Qwen3-30B-A3B")?;
-//! let pool = AdapterPool::new(&device, model.shape(), PoolConfig { bytes: 8 << 30, ..Default::default() })?;
+//! let limits = PoolConfig { bytes: 8 << 30, max_rank: 64, ..Default::default() }; // low limits run faster on a GPU
+//! let pool = AdapterPool::new(&device, model.shape(), limits)?;
 //! let math = pool.load("math", PeftAdapter::open("adapters/math")?.resolve(model.shape())?)?;
 //!
 //! let n = model.first_moe_layer();

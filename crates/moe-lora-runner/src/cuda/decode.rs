@@ -5,8 +5,11 @@ use super::raw::{DTYPE_F32, ForwardArgs};
 use moe_lora_cuda::{Gpu, GpuError, decode_down, decode_gate_up};
 use moe_lora_kernels::{BatchSizes, DecodeAlignParams, DecodeDownParams, DecodePlan, Format, Kernel};
 
-/// Rows of an expert, on average, up to which these launches are faster than products of larger tiles.
-const MOST_ROWS: u64 = 16;
+/// Rows of an expert, on average, up to which these launches are faster than products of larger tiles. With ranks those of `prefill`
+/// are from the next one on.
+const fn most_rows(max_rank: u32) -> u64 {
+    if max_rank == 0 { 16 } else { 11 }
+}
 
 /// (Token, expert) pairs up to which they are faster, by the largest rank that is configured: see docs/kernels.md.
 const fn most_pairs(max_rank: u32) -> u64 {
@@ -26,7 +29,7 @@ pub(super) fn plan(gpu: &Gpu, format: Format, args: &ForwardArgs) -> Option<Deco
 /// Whether they are fastest where they can run.
 pub(super) fn few_rows(args: &ForwardArgs) -> bool {
     let pairs = u64::from(args.num_tokens) * u64::from(args.top_k);
-    pairs <= most_pairs(args.max_rank).min(MOST_ROWS * u64::from(args.num_experts))
+    pairs <= most_pairs(args.max_rank).min(most_rows(args.max_rank) * u64::from(args.num_experts))
 }
 
 pub(super) const fn sizes(args: &ForwardArgs) -> BatchSizes {
@@ -88,6 +91,8 @@ mod tests {
         for (max_rank, most) in [(8, 64), (32, 64), (40, 16), (64, 16)] {
             assert!(few_rows(&args(max_rank, most)) && !few_rows(&args(max_rank, most + 1)), "{max_rank}");
         }
+        let few_experts = |num_tokens| ForwardArgs { top_k: 2, num_experts: 8, ..args(16, num_tokens) };
+        assert!(few_rows(&few_experts(44)) && !few_rows(&few_experts(45)));
         assert!(!few_rows(&args(72, 1)));
     }
 }
