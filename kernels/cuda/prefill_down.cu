@@ -78,9 +78,9 @@ struct DownProblem {
                 if (8 * j >= half) break;
                 const float* s = &sum[h][4 * j];
                 const uint32_t token = 8 * j + lane / 16 * 8 + lane % 8;
-                stmatrix_transposed(staged + swizzled(token, warp * 2 + lane / 8 % 2), pack<T>(s[0] + bias[0], s[1] + bias[0]),
-                               pack<T>(s[2] + bias[1], s[3] + bias[1]), pack<T>(s[4] + bias[0], s[5] + bias[0]),
-                               pack<T>(s[6] + bias[1], s[7] + bias[1]));
+                stmatrix_transposed(staged + swizzled(token, warp * 2 + lane / 8 % 2), narrow_pair<T>(s[0] + bias[0], s[1] + bias[0]),
+                               narrow_pair<T>(s[2] + bias[1], s[3] + bias[1]), narrow_pair<T>(s[4] + bias[0], s[5] + bias[0]),
+                               narrow_pair<T>(s[6] + bias[1], s[7] + bias[1]));
             }
             named_barrier(1 + group, 128);
             const uint32_t piece = thread % 8, feature = first + piece * 8;

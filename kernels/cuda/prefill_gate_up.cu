@@ -73,7 +73,7 @@ struct GateUpProblem {
                         value[q] = kClamped ? clamped_swiglu(g.alpha, g.limit, gate + gate_bias, up + up_bias)
                                             : swiglu(gate + gate_bias, up + up_bias);
                     }
-                    words[i] = pack<T>(value[0], value[1]);
+                    words[i] = narrow_pair<T>(value[0], value[1]);
                 }
                 const uint32_t token = h * half + 8 * j + lane;
                 stmatrix_transposed(staged + token * 64 + ((warp ^ (token / 2 % 4)) << 4), words[0], words[1], words[2], words[3]);

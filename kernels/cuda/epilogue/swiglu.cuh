@@ -21,19 +21,6 @@ __device__ __forceinline__ float clamped_swiglu(float alpha, float limit, float 
     return (up + 1.0f) * times_sigmoid(gate, alpha * gate);
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&both);
-}
-template <>
-__device__ __forceinline__ uint32_t pack<f16>(float low, float high) {
-    const __half2 both = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&both);
-}
-
 // Stores four 8x8 matrices of 16-bit numbers, transposed; lane 8i + r gives the address of row r of what matrix i becomes.
 __device__ __forceinline__ void stmatrix_transposed(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(a), "r"(b), "r"(c), "r"(d)
